@@ -1,0 +1,101 @@
+//! How a replicator reports: `GET /v1/replicas` on the replicator gives a list of [`ReplicaStatus`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::order::{Refusal, Tier};
+use crate::{Epoch, HostId, UnixMs, VmId};
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    Source,
+    Target,
+}
+
+/// Where one side of a replication stands. The state machines that move it are drawn in the replicator's `source` and
+/// `target` modules.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Target: admitted, the source has not come yet. Source: adopting, connecting.
+    Provisioning,
+    /// The first full copy is under way.
+    Seeding,
+    /// Warm, rounds are running.
+    Standby,
+    /// The guest is stopped or about to be; the outcome is not yet decided.
+    Switching,
+    /// Target: the shadow has loaded and waits, paused, for commit or abort.
+    Prepared,
+    /// Source: given up durably; the stopped primary is kept as the way back.
+    Relinquished,
+    /// Target: the shadow is the VM now, and runs.
+    Active,
+    /// Ended without a switchover; the primary runs on. `error` says why if it was not ordered.
+    Released,
+    /// Source: the handed-over primary's process is gone. Nothing is left of the replica here.
+    Retired,
+    /// Neither side can go on by itself; `error` says why, and the guide says what to do.
+    Failed,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    pub vm: VmId,
+    pub name: String,
+    pub role: Role,
+    pub peer: HostId,
+    pub epoch: Epoch,
+    pub phase: Phase,
+    pub since: UnixMs,
+    pub tier: Option<Tier>,
+    pub progress: Progress,
+    /// The last completed switchover, told by the source.
+    pub report: Option<SwitchoverReport>,
+    /// Why the last attempt ended, in the words of whoever refused.
+    pub error: Option<Refusal>,
+}
+
+/// Figures of the copy. The source knows them best; the target leaves at zero what it can't know.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Progress {
+    pub ram_bytes: u64,
+    /// Bytes of guest RAM sent so far, in the first pass.
+    pub seeded_bytes: u64,
+    /// How long the first pass took, once it is done.
+    pub seed_ms: Option<u64>,
+    /// Bytes that travelled on the link, headers included.
+    pub wire_bytes: u64,
+    pub rounds: u64,
+    /// Pages of the last round: what the shadow missed when it was drawn.
+    pub lag_pages: u64,
+    /// Time since the end of the last complete round.
+    pub lag_ms: u64,
+    pub dirty_pages_per_s: u64,
+    pub estimated_downtime_ms: Option<f64>,
+}
+
+/// One switchover, as the source saw it. Times that compare two hosts' clocks say so.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct SwitchoverReport {
+    pub at: UnixMs,
+    pub epoch: Epoch,
+    /// From QEMU's STOP on the primary to RESUME on the shadow, by the two QEMUs' own event times. Compares two
+    /// clocks if the hosts are two machines.
+    pub guest_stopped_us: u64,
+    /// The same, from the STOP to the arrival of 'running' at the source: one clock, and half a round trip too long.
+    pub stopped_to_told_us: u64,
+    /// From the order to the arrival of 'running'.
+    pub order_to_told_us: u64,
+    pub last_pass_us: u64,
+    pub device_state_us: u64,
+    pub load_us: u64,
+    pub relinquish_us: u64,
+    pub shut_us: u64,
+    pub resume_us: u64,
+    pub last_pass_pages: u64,
+    pub device_state_bytes: u64,
+    /// Link bytes of this protection, seed and rounds and switchover.
+    pub wire_bytes: u64,
+}
