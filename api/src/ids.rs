@@ -49,9 +49,7 @@ impl fmt::Display for DecisionId {
 
 /// Who may run a VM is a matter of epochs: each protection and each switchover takes the next one, both
 /// replicators keep the highest they have seen on disk, and refuse every order below it.
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 

@@ -114,7 +114,12 @@ pub struct Announce {
 
 impl Default for Announce {
     fn default() -> Self {
-        Self { initial_ms: 10, max_ms: 200, rounds: 8, step_ms: 20 }
+        Self {
+            initial_ms: 10,
+            max_ms: 200,
+            rounds: 8,
+            step_ms: 20,
+        }
     }
 }
 
@@ -128,7 +133,10 @@ pub struct Refusal {
 
 impl Refusal {
     pub fn new(code: RefusalCode, detail: impl Into<String>) -> Self {
-        Self { code, detail: detail.into() }
+        Self {
+            code,
+            detail: detail.into(),
+        }
     }
 }
 

@@ -15,7 +15,12 @@ pub struct Problem {
 
 impl Problem {
     pub fn new(status: u16, code: impl Into<String>, title: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self { code: code.into(), title: title.into(), status, detail: detail.into() }
+        Self {
+            code: code.into(),
+            title: title.into(),
+            status,
+            detail: detail.into(),
+        }
     }
 
     pub fn not_found(what: impl Into<String>) -> Self {

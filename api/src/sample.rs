@@ -131,7 +131,13 @@ pub enum SampleError {
     #[error("VM {0} appears twice in one batch with incoming = {1}")]
     Duplicate(VmId, bool),
     #[error("VM {vm}: {field} is {value}, more than {max} possible in {interval_ms} ms")]
-    Impossible { vm: VmId, field: &'static str, value: u64, max: u64, interval_ms: u64 },
+    Impossible {
+        vm: VmId,
+        field: &'static str,
+        value: u64,
+        max: u64,
+        interval_ms: u64,
+    },
     #[error("VM {0}: {1} latency buckets, at most {LATENCY_BUCKETS} are known")]
     Buckets(VmId, usize),
 }
@@ -176,9 +182,13 @@ impl VmSample {
             ("cpu.emulator_wait_ns", self.cpu.emulator_wait_ns),
         ];
         match fields.into_iter().find(|(_, v)| *v > max) {
-            Some((field, value)) => {
-                Err(SampleError::Impossible { vm: self.vm, field, value, max, interval_ms })
-            }
+            Some((field, value)) => Err(SampleError::Impossible {
+                vm: self.vm,
+                field,
+                value,
+                max,
+                interval_ms,
+            }),
             None => Ok(()),
         }
     }
@@ -210,7 +220,10 @@ mod tests {
             seq: 1,
             t: UnixMs(1000),
             interval_ms: 1000,
-            node: HostSample { cpus: 2.0, ..HostSample::default() },
+            node: HostSample {
+                cpus: 2.0,
+                ..HostSample::default()
+            },
             vms: vec![vm(1), vm(2)],
         }
     }

@@ -24,31 +24,69 @@ use crate::{Epoch, HostId, VmId};
 #[serde(rename_all = "snake_case", deny_unknown_fields, tag = "say")]
 pub enum Message {
     /// Opens a session: a shadow of this VM, please.
-    Hello { vm: VmId, name: String, epoch: Epoch, host: HostId, spec: Box<ShadowSpec> },
+    Hello {
+        vm: VmId,
+        name: String,
+        epoch: Epoch,
+        host: HostId,
+        spec: Box<ShadowSpec>,
+    },
     /// The shadow's QEMU waits; its RAM files are there.
-    Welcome { session: u64 },
+    Welcome {
+        session: u64,
+    },
     /// First message of a ram connection.
-    Attach { session: u64 },
+    Attach {
+        session: u64,
+    },
     /// The source asked for the end of a session, and the primary runs on.
-    Goodbye { reason: String },
+    Goodbye {
+        reason: String,
+    },
     /// Everything up to this round is in the shadow's RAM.
-    RoundDone { round: u64 },
+    RoundDone {
+        round: u64,
+    },
     /// The next stream end is meant: prepare to run under this epoch.
-    Prepare { epoch: Epoch },
+    Prepare {
+        epoch: Epoch,
+    },
     /// The shadow has loaded its device state, is paused, and that is on the target's disk.
-    Prepared { epoch: Epoch, load_us: u64 },
-    Commit { epoch: Epoch },
-    Abort { epoch: Epoch },
+    Prepared {
+        epoch: Epoch,
+        load_us: u64,
+    },
+    Commit {
+        epoch: Epoch,
+    },
+    Abort {
+        epoch: Epoch,
+    },
     /// The shadow runs. `resume_unix_us` is QEMU's own time of the RESUME event.
-    Running { epoch: Epoch, resume_unix_us: i64, resume_us: u64 },
+    Running {
+        epoch: Epoch,
+        resume_unix_us: i64,
+        resume_us: u64,
+    },
     /// It will never run under this epoch: durable.
-    Aborted { epoch: Epoch },
+    Aborted {
+        epoch: Epoch,
+    },
     /// Asked on a new connection: how did `epoch` of `vm` end?
-    Resolve { vm: VmId, epoch: Epoch },
-    Refused { refusal: Refusal },
+    Resolve {
+        vm: VmId,
+        epoch: Epoch,
+    },
+    Refused {
+        refusal: Refusal,
+    },
     /// Keeps a quiet connection alive, and notices a dead one.
-    Ping { n: u64 },
-    Pong { n: u64 },
+    Ping {
+        n: u64,
+    },
+    Pong {
+        n: u64,
+    },
 }
 
 impl Message {
@@ -89,7 +127,11 @@ pub enum Arg {
     /// `-netdev` of the NIC with this index: the target inserts its own tap.
     Netdev { nic: usize, prefix: String, suffix: String },
     /// A path that the target makes in its own run directory: `prefix` + path + `suffix`.
-    RunFile { prefix: String, file: String, suffix: String },
+    RunFile {
+        prefix: String,
+        file: String,
+        suffix: String,
+    },
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -114,7 +156,10 @@ mod tests {
 
     #[test]
     fn messages_survive_and_strangers_are_named() {
-        let m = Message::Prepared { epoch: Epoch(4), load_us: 3900 };
+        let m = Message::Prepared {
+            epoch: Epoch(4),
+            load_us: 3900,
+        };
         assert_eq!(Message::decode(&m.encode()), Ok(m));
         let e = Message::decode(br#"{"say":"sing"}"#).unwrap_err();
         assert!(e.to_string().contains("sing"), "{e}");

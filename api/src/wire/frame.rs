@@ -42,7 +42,11 @@ impl Kind {
     }
 
     fn from_byte(b: u8) -> Result<Self, WireError> {
-        Self::ALL.iter().find(|(_, x, _)| *x == b).map(|(k, ..)| *k).ok_or(WireError::Kind(b))
+        Self::ALL
+            .iter()
+            .find(|(_, x, _)| *x == b)
+            .map(|(k, ..)| *k)
+            .ok_or(WireError::Kind(b))
     }
 }
 
@@ -79,9 +83,18 @@ impl Header {
             return Err(WireError::Reserved("frame header"));
         }
         if len > kind.max_len() {
-            return Err(WireError::TooLong { kind, len, max: kind.max_len() });
+            return Err(WireError::TooLong {
+                kind,
+                len,
+                max: kind.max_len(),
+            });
         }
-        Ok(Self { kind, len, seed: seed(kind, len), sum })
+        Ok(Self {
+            kind,
+            len,
+            seed: seed(kind, len),
+            sum,
+        })
     }
 
     /// Checks the payload that came with this header.
@@ -110,7 +123,11 @@ fn seed(kind: Kind, len: u32) -> u64 {
 pub fn encode_header(kind: Kind, payload: &[u8]) -> Result<[u8; HEADER_LEN], WireError> {
     let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
     if len > kind.max_len() {
-        return Err(WireError::TooLong { kind, len, max: kind.max_len() });
+        return Err(WireError::TooLong {
+            kind,
+            len,
+            max: kind.max_len(),
+        });
     }
     let mut h = [0; HEADER_LEN];
     h[0] = kind.to_byte();
@@ -138,7 +155,10 @@ impl RoundEnd {
 
     pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
         let mut r = Reader::new("round-end", payload);
-        let out = Self { round: r.u64()?, pages: r.u64()? };
+        let out = Self {
+            round: r.u64()?,
+            pages: r.u64()?,
+        };
         r.end().map(|()| out)
     }
 }

@@ -68,7 +68,11 @@ pub enum WireError {
     #[error("checksum of a {0} frame does not match")]
     Checksum(frame::Kind),
     #[error("a {what} ends after {have} bytes, it needs {need}")]
-    Truncated { what: &'static str, need: usize, have: usize },
+    Truncated {
+        what: &'static str,
+        need: usize,
+        have: usize,
+    },
     #[error("a {what} has {extra} bytes too many")]
     Trailing { what: &'static str, extra: usize },
     #[error("{what} is {value}, at most {max} is possible")]

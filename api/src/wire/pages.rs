@@ -61,7 +61,11 @@ pub struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     pub fn entries(&self) -> impl Iterator<Item = Entry> + 'a {
-        self.entries.as_chunks::<8>().0.iter().map(|b| Entry(u64::from_le_bytes(*b)))
+        self.entries
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|b| Entry(u64::from_le_bytes(*b)))
     }
 
     pub fn decode(payload: &'a [u8]) -> Result<Self, WireError> {
@@ -92,7 +96,13 @@ impl<'a> Batch<'a> {
             }
         };
         let entries = r.take(count as usize * 8)?;
-        let batch = Self { block, encoding, entries, data: r.bytes, raw_len };
+        let batch = Self {
+            block,
+            encoding,
+            entries,
+            data: r.bytes,
+            raw_len,
+        };
         let need = batch.entries().filter(|e| !e.is_zero()).count() * PAGE_SIZE;
         if raw_len != need {
             return Err(WireError::OutOfRange {
@@ -102,7 +112,11 @@ impl<'a> Batch<'a> {
             });
         }
         if encoding == Encoding::Raw && batch.data.len() != need {
-            return Err(WireError::Truncated { what: "page batch", need, have: batch.data.len() });
+            return Err(WireError::Truncated {
+                what: "page batch",
+                need,
+                have: batch.data.len(),
+            });
         }
         Ok(batch)
     }
