@@ -21,15 +21,18 @@ pub enum Kind {
     DeviceState,
     /// The stream is complete: no frame follows that changes the shadow.
     StreamEnd,
+    /// [`super::setup::StreamSetup`]: before the first batch of pages.
+    Setup,
 }
 
 impl Kind {
-    const ALL: [(Self, u8, u32); 5] = [
+    const ALL: [(Self, u8, u32); 6] = [
         (Self::Control, 1, 1 << 20),
         (Self::Pages, 2, 2 << 20),
         (Self::RoundEnd, 3, 64),
         (Self::DeviceState, 4, 1 << 20),
         (Self::StreamEnd, 5, 64),
+        (Self::Setup, 6, 512 << 10),
     ];
 
     fn to_byte(self) -> u8 {
@@ -58,6 +61,7 @@ impl fmt::Display for Kind {
             Self::RoundEnd => "round-end",
             Self::DeviceState => "device-state",
             Self::StreamEnd => "stream-end",
+            Self::Setup => "setup",
         })
     }
 }

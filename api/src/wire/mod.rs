@@ -7,13 +7,14 @@
 //! ```
 //! All numbers are little-endian. The checksum is XXH3-64 of the payload, seeded with the first eight bytes of the header, so
 //! that a frame whose header was hit does not pass either. One connection a purpose: `control` carries the JSON messages of
-//! [`control`], `ram` the page batches of [`pages`] and, behind them in order, what ends a stream.
+//! [`control`], `ram` the [`setup`] of the stream, the page batches of [`pages`] and, behind them in order, what ends a stream.
 //!
 //! Versions: 1, the first.
 
 pub mod control;
 pub mod frame;
 pub mod pages;
+pub mod setup;
 
 use std::fmt;
 
@@ -79,6 +80,12 @@ pub enum WireError {
     OutOfRange { what: &'static str, value: u64, max: u64 },
     #[error("control message: {0}")]
     Json(String),
+    #[error("{0:?} is no name of a RAM block")]
+    BlockName(String),
+    #[error("RAM block {0:?} is named twice")]
+    BlockTwice(String),
+    #[error("RAM block {name:?} has {bytes} bytes, which are no whole pages")]
+    BlockSize { name: String, bytes: u64 },
 }
 
 /// What a connection opens with.
