@@ -95,6 +95,12 @@ impl Client {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
+    /// Sends a body, and gives the answer's as it is.
+    pub async fn send_text(&self, method: Method, path: &str, body: &impl Serialize) -> Result<String, ClientError> {
+        let (_, body) = self.exchange(method, path, self.encode(path, body)?).await?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
     fn encode(&self, path: &str, body: &impl Serialize) -> Result<Bytes, ClientError> {
         let bad = |e: serde_json::Error| ClientError::Answer {
             url: self.url(path),
