@@ -171,7 +171,7 @@ pub fn accepted(vm: &str, request: &ShadowRequest) -> String {
         ShadowRequest::Failback => format!("{vm} will move back to where it came from"),
         ShadowRequest::Release => format!("the shadow of {vm} will be ended, {vm} runs on"),
     };
-    format!("Accepted: {what}.\nFollow it with 'umbra vm show {vm}' or 'umbra events --vm {vm}'.")
+    format!("Accepted: {what}.\nFollow it with\n  umbra vm show {vm}\n  umbra events --vm {vm}")
 }
 
 #[cfg(test)]
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(
             text,
             "Accepted: a shadow of web will be made on b.\n\
-             Follow it with 'umbra vm show web' or 'umbra events --vm web'."
+             Follow it with\n  umbra vm show web\n  umbra events --vm web"
         );
         assert!(accepted("web", &ShadowRequest::Release).contains("web runs on"));
     }
