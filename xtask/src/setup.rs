@@ -1,0 +1,220 @@
+//! `cargo xtask setup`: makes the machine ready, step by step. Each step looks first, and does nothing where nothing is missing;
+//! so the second run is quick and asks nothing of the network.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+
+use crate::debian::{self, Apt};
+use crate::{guest, run};
+
+/// The first QEMU that can hold a migration open (capability `switchover-ack`).
+const QEMU_LEAST: &str = "1:8.1";
+
+#[derive(Args)]
+pub struct Options {
+    /// Only list the steps, why each is there, and what is missing
+    #[arg(long)]
+    print: bool,
+}
+
+pub struct Context {
+    root: PathBuf,
+    apt: Apt,
+}
+
+enum Look {
+    /// Nothing to do, and what was found.
+    There(String),
+    /// What the step would do.
+    Missing(String),
+}
+
+struct Step {
+    name: &'static str,
+    why: &'static str,
+    look: fn(&Context) -> Result<Look>,
+    act: fn(&mut Context) -> Result<String>,
+    needs_root: bool,
+    /// Umbra can do without: a failure is told, and setup goes on.
+    optional: bool,
+}
+
+const STEPS: &[Step] = &[
+    Step {
+        name: "backports source",
+        why: "Debian 12's own QEMU is 7.2; Umbra needs 8.1 or newer, which backports have",
+        look: look_backports,
+        act: add_backports,
+        needs_root: true,
+        optional: false,
+    },
+    Step {
+        name: "Debian packages",
+        why: "QEMU, network namespaces, a C compiler for bundled libraries",
+        look: look_packages,
+        act: install_packages,
+        needs_root: true,
+        optional: false,
+    },
+    Step {
+        name: "tracefs",
+        why: "to watch the kernel's tracepoints by hand; the agent itself needs only BTF",
+        look: look_tracefs,
+        act: mount_tracefs,
+        needs_root: true,
+        optional: true,
+    },
+    Step {
+        name: "guest image",
+        why: "Debian's cloud kernel (fetched, not installed) and a program that notices a single wrong page of its memory",
+        look: look_guest,
+        act: make_guest,
+        needs_root: false,
+        optional: false,
+    },
+];
+
+pub fn run(options: &Options) -> Result<()> {
+    let mut context = Context {
+        root: run::root(),
+        apt: Apt::default(),
+    };
+    for step in STEPS {
+        let look = (step.look)(&context).with_context(|| format!("setup, {}", step.name))?;
+        match look {
+            Look::There(found) => println!("  ok       {}: {found}", step.name),
+            Look::Missing(what) => {
+                println!("  missing  {}: {what}", step.name);
+                println!("           why: {}", step.why);
+                if !options.print {
+                    act(step, &mut context)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn act(step: &Step, context: &mut Context) -> Result<()> {
+    if step.needs_root && !run::is_root() {
+        let message = format!(
+            "setup, {}: this step needs root. Run `cargo xtask setup` once as root",
+            step.name
+        );
+        if step.optional {
+            println!("  skipped  {message}");
+            return Ok(());
+        }
+        bail!(message);
+    }
+    match (step.act)(context) {
+        Ok(done) => println!("  done     {}: {done}", step.name),
+        Err(error) if step.optional => println!("  skipped  {}: {error:#}", step.name),
+        Err(error) => return Err(error.context(format!("setup, {}", step.name))),
+    }
+    Ok(())
+}
+
+fn needs_new_qemu() -> bool {
+    !debian::has("qemu-system-x86", QEMU_LEAST) || !debian::has("qemu-utils", QEMU_LEAST)
+}
+
+/// Debian 12 is the one release that needs a second source; newer ones have a QEMU that is new enough.
+fn bookworm_backports() -> Option<&'static str> {
+    (debian::codename()? == "bookworm").then_some("bookworm-backports")
+}
+
+fn look_backports(_: &Context) -> Result<Look> {
+    let Some(suite) = bookworm_backports() else {
+        return Ok(Look::There("not needed on this release".into()));
+    };
+    if debian::sources().iter().any(|source| source.suite == suite) {
+        return Ok(Look::There(format!("{suite} is configured")));
+    }
+    if !needs_new_qemu() {
+        return Ok(Look::There("not needed, QEMU is new enough".into()));
+    }
+    Ok(Look::Missing(format!(
+        "writes /etc/apt/sources.list.d/umbra-backports.sources for {suite}"
+    )))
+}
+
+fn add_backports(_: &mut Context) -> Result<String> {
+    let suite = bookworm_backports().context("not Debian 12")?;
+    let archive = debian::archive_of(&debian::sources(), "bookworm");
+    debian::add_source("umbra-backports.sources", "QEMU 8.1 or newer", &archive, suite)?;
+    Ok(format!("{suite} of {}", archive.uri))
+}
+
+/// Package and the oldest version that will do.
+const PACKAGES: &[(&str, &str)] = &[
+    ("qemu-system-x86", QEMU_LEAST),
+    ("qemu-utils", QEMU_LEAST),
+    ("iproute2", ""),
+    ("build-essential", ""),
+    ("pkg-config", ""),
+    ("xz-utils", ""),
+];
+
+fn missing_packages() -> Vec<&'static str> {
+    PACKAGES
+        .iter()
+        .filter(|(name, least)| !debian::has(name, least))
+        .map(|(name, _)| *name)
+        .collect()
+}
+
+fn look_packages(_: &Context) -> Result<Look> {
+    let missing = missing_packages();
+    if missing.is_empty() {
+        let qemu = debian::installed("qemu-system-x86").unwrap_or_default();
+        return Ok(Look::There(format!("{} packages, QEMU {qemu}", PACKAGES.len())));
+    }
+    Ok(Look::Missing(format!("installs {}", missing.join(" "))))
+}
+
+fn install_packages(context: &mut Context) -> Result<String> {
+    debian::require_apt()?;
+    let missing = missing_packages();
+    let (qemu, rest): (Vec<_>, Vec<_>) = missing.iter().partition(|name| name.starts_with("qemu"));
+    context.apt.install(&rest, None)?;
+    context.apt.install(&qemu, bookworm_backports())?;
+    let still = missing_packages();
+    if !still.is_empty() {
+        bail!(
+            "apt installed them, but these are still missing or too old: {}",
+            still.join(" ")
+        );
+    }
+    Ok(missing.join(" "))
+}
+
+fn look_tracefs(_: &Context) -> Result<Look> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("cannot read the mounts")?;
+    let mounted = mounts.lines().find(|line| line.split(' ').nth(2) == Some("tracefs"));
+    Ok(match mounted.and_then(|line| line.split(' ').nth(1)) {
+        Some(place) => Look::There(format!("mounted on {place}")),
+        None => Look::Missing("mounts it on /sys/kernel/tracing".into()),
+    })
+}
+
+fn mount_tracefs(_: &mut Context) -> Result<String> {
+    run::output(Command::new("mount").args(["-t", "tracefs", "nodev", "/sys/kernel/tracing"]))?;
+    Ok("mounted until the next boot".into())
+}
+
+fn look_guest(context: &Context) -> Result<Look> {
+    Ok(if guest::looks_current(&context.root) {
+        Look::There("target/guest/vmlinuz and initrd.img".into())
+    } else {
+        Look::Missing("builds target/guest/vmlinuz and initrd.img".into())
+    })
+}
+
+fn make_guest(context: &mut Context) -> Result<String> {
+    guest::make(&context.root, &mut context.apt)
+}
