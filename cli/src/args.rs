@@ -16,8 +16,9 @@ Exit codes:
   4  refused: the VM's present state does not allow it
   5  the RPS cannot be reached, or does not answer in time
 
-With --json, standard output is the API's answer as it came, one document; an error is a problem document
-(RFC 9457) on standard error, with status 0 where no HTTP answer stands behind it.
+With --json, standard output is the API's answer as it came, one document.
+An error is a problem document (RFC 9457) on standard error; its status is 0
+where no HTTP answer stands behind it.
 Colours appear on a terminal only, and never if NO_COLOR is set.";
 
 /// See what Umbra measures, forecasts and decides, and steer the shadows of your VMs.
@@ -220,6 +221,7 @@ mod tests {
         ] {
             assert!(help.contains(code), "{code} is not in\n{help}");
         }
+        assert!(EXIT_CODES.lines().all(|l| l.len() <= 80));
     }
 
     #[test]

@@ -20,8 +20,9 @@ use umbra_api::UnixMs;
 use umbra_api::lifecycle::Stage;
 use umbra_api::view::{Mode, ShadowRequest};
 
-/// Width where standard output is no terminal, so that what is piped or pasted has one form.
-const PIPE_WIDTH: u16 = 80;
+/// Width where standard output is no terminal, so that what is piped or pasted has one form. A narrower terminal breaks
+/// the lines itself, which reads better than words broken in columns of three letters.
+const WIDTH: u16 = 80;
 /// A wider terminal is not filled: long lines read badly.
 const MAX_WIDTH: u16 = 160;
 
@@ -42,8 +43,8 @@ impl Look {
             width: Table::new()
                 .width()
                 .filter(|_| terminal)
-                .unwrap_or(PIPE_WIDTH)
-                .clamp(40, MAX_WIDTH),
+                .unwrap_or(WIDTH)
+                .clamp(WIDTH, MAX_WIDTH),
             colour: terminal && wanted && !dumb,
             now: UnixMs::from_system(SystemTime::now()),
             tz: TimeZone::system(),
