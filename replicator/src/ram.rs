@@ -1,0 +1,379 @@
+//! The shadow's RAM on the target: guest memory in files that the shadow's QEMU maps too, small blocks in memory.
+//!
+//! A file is sparse where the guest's pages are zero, so that a shadow costs the target what the guest uses. Reading a hole
+//! of a mapped tmpfs file would fill it, so which pages are there is known from a bitmap and not by looking.
+//!
+//! While the shadow waits with `-S` and `-incoming`, its QEMU does not touch these files; this process is their only writer.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+use umbra_api::wire::setup::StreamSetup;
+
+use crate::stream::Page;
+use crate::stream::items::PAGE_SIZE;
+
+/// Most bytes that all blocks have together that are kept in memory: firmware flash is the largest, with 4 MB.
+pub const SMALL_BYTES_MAX: u64 = 64 << 20;
+
+const ZERO_PAGE: Page = [0; PAGE_SIZE];
+
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    #[error("RAM file {path}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("RAM file {path} has {have} bytes, {want} are needed")]
+    FileSize { path: PathBuf, have: u64, want: u64 },
+    #[error("RAM block {name:?} has {block} bytes, its file {file}")]
+    BlockSize { name: String, block: u64, file: u64 },
+    #[error("no RAM block of the stream is named {0:?}")]
+    NoSuchBlock(String),
+    #[error("blocks without a file have {bytes} bytes together, at most {max} are kept in memory")]
+    TooMuchSmall { bytes: u64, max: u64 },
+    #[error("page of RAM block number {block}, there are {blocks}")]
+    UnknownBlock { block: u16, blocks: usize },
+    #[error("page {page} of RAM block {block}, which has {pages}")]
+    OutOfBlock { block: u16, page: u64, pages: u64 },
+}
+
+/// A block's pages in a file, mapped.
+pub struct RamFile {
+    path: PathBuf,
+    file: File,
+    map: MmapRaw,
+    /// A bit for each page that is not a hole.
+    present: Vec<u64>,
+    /// Holes of one page can be punched: not in hugetlbfs.
+    punch: bool,
+}
+
+impl RamFile {
+    /// Opens a file of exactly this size, or makes a new one, which is all zeros.
+    pub fn open_or_create(path: &Path, bytes: u64) -> Result<Self, RamError> {
+        let io = |source| RamError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(io)?;
+        let meta = file.metadata().map_err(io)?;
+        match meta.len() {
+            0 => file.set_len(bytes).map_err(io)?,
+            have if have != bytes => {
+                return Err(RamError::FileSize {
+                    path: path.to_owned(),
+                    have,
+                    want: bytes,
+                });
+            }
+            _ => {}
+        }
+        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(RamError::FileSize {
+                path: path.to_owned(),
+                have: bytes,
+                want: bytes.next_multiple_of(PAGE_SIZE as u64).max(PAGE_SIZE as u64),
+            });
+        }
+        let map = MmapOptions::new().map_raw(&file).map_err(io)?;
+        let pages = map.len() / PAGE_SIZE;
+        let present = vec![0; pages.div_ceil(64)];
+        let mut out = Self {
+            path: path.to_owned(),
+            file,
+            map,
+            present,
+            punch: meta.blksize() == PAGE_SIZE as u64,
+        };
+        if meta.len() != 0 {
+            out.find_data();
+        }
+        Ok(out)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    fn pages(&self) -> usize {
+        self.map.len() / PAGE_SIZE
+    }
+
+    /// Bytes that the file takes up, as far as this process wrote it.
+    pub fn present_bytes(&self) -> u64 {
+        self.present.iter().map(|w| u64::from(w.count_ones())).sum::<u64>() * PAGE_SIZE as u64
+    }
+
+    /// Marks what an existing file holds. A file system that does not tell holes has none.
+    fn find_data(&mut self) {
+        let len = self.map.len() as i64;
+        let mut at = 0;
+        while at < len {
+            let (from, to) = match lseek(&self.file, at, Whence::SeekData) {
+                Ok(from) => (from, lseek(&self.file, from, Whence::SeekHole).unwrap_or(len)),
+                // Nothing but a hole up to the end.
+                Err(nix::errno::Errno::ENXIO) => return,
+                Err(_) => (at, len),
+            };
+            for page in from as usize / PAGE_SIZE..(to as usize).div_ceil(PAGE_SIZE) {
+                self.set_present(page, true);
+            }
+            at = to.max(at + 1);
+        }
+    }
+
+    fn is_present(&self, page: usize) -> bool {
+        self.present.get(page / 64).is_some_and(|w| w >> (page % 64) & 1 == 1)
+    }
+
+    fn set_present(&mut self, page: usize, on: bool) {
+        if let Some(w) = self.present.get_mut(page / 64) {
+            let bit = 1 << (page % 64);
+            *w = if on { *w | bit } else { *w & !bit };
+        }
+    }
+
+    /// Offset of a page, if the file has it.
+    fn offset(&self, page: u64) -> Option<usize> {
+        let page = usize::try_from(page).ok().filter(|p| *p < self.pages())?;
+        Some(page * PAGE_SIZE)
+    }
+
+    /// False if there is no such page.
+    fn write(&mut self, page: u64, data: &Page) -> bool {
+        let Some(at) = self.offset(page) else { return false };
+        // SAFETY: `at` is the offset of a whole page inside of the mapping, which lives as long as `self`; `data` is
+        // private memory, so the two do not overlap; `&mut self` makes this the only access of this process, and no
+        // reference into the mapping is ever made.
+        unsafe {
+            self.map
+                .as_mut_ptr()
+                .add(at)
+                .copy_from_nonoverlapping(data.as_ptr(), PAGE_SIZE)
+        };
+        self.set_present(at / PAGE_SIZE, true);
+        true
+    }
+
+    fn zero(&mut self, page: u64) -> bool {
+        let Some(at) = self.offset(page) else { return false };
+        if !self.is_present(at / PAGE_SIZE) {
+            return true;
+        }
+        if self.punch {
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            self.punch = fallocate(&self.file, flags, at as i64, PAGE_SIZE as i64).is_ok();
+        }
+        if self.punch {
+            self.set_present(at / PAGE_SIZE, false);
+            return true;
+        }
+        self.write(page, &ZERO_PAGE)
+    }
+
+    /// Copies a page out; false if there is no such page.
+    pub fn read(&self, page: u64, into: &mut Page) -> bool {
+        let Some(at) = self.offset(page) else { return false };
+        if !self.is_present(at / PAGE_SIZE) {
+            *into = ZERO_PAGE;
+            return true;
+        }
+        // SAFETY: as in `write`: a whole page inside of the mapping, copied into private memory without a reference.
+        unsafe {
+            self.map
+                .as_ptr()
+                .add(at)
+                .copy_to_nonoverlapping(into.as_mut_ptr(), PAGE_SIZE)
+        };
+        true
+    }
+}
+
+/// A block that has no file, with the time of each page's last change.
+pub struct SmallBlock {
+    pub name: String,
+    bytes: Vec<u8>,
+    changed: Vec<u64>,
+}
+
+impl SmallBlock {
+    /// The pages that changed after `mark`, with their numbers.
+    pub fn changed_after(&self, mark: Mark) -> impl Iterator<Item = (u64, &Page)> {
+        let pages = (0u64..).zip(self.bytes.as_chunks::<PAGE_SIZE>().0);
+        pages
+            .zip(&self.changed)
+            .filter(move |(_, c)| mark.0.is_none_or(|m| **c > m))
+            .map(|(p, _)| p)
+    }
+
+    fn write(&mut self, page: u64, data: &Page, now: u64) -> bool {
+        let Ok(page) = usize::try_from(page) else { return false };
+        let pages = self.bytes.as_chunks_mut::<PAGE_SIZE>().0;
+        let (Some(old), Some(changed)) = (pages.get_mut(page), self.changed.get_mut(page)) else {
+            return false;
+        };
+        if old != data {
+            *old = *data;
+            *changed = now;
+        }
+        true
+    }
+}
+
+/// A moment in the life of the small blocks. The default lies before all of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Mark(Option<u64>);
+
+enum Place {
+    File(RamFile),
+    Small(SmallBlock),
+}
+
+/// All blocks of a shadow, in the order of the stream's list.
+pub struct ShadowRam {
+    blocks: Vec<Place>,
+    /// Counts changes of small pages.
+    clock: u64,
+}
+
+impl ShadowRam {
+    /// Blocks that `files` name are there; all others are small ones.
+    pub fn new(setup: &StreamSetup, files: Vec<(String, RamFile)>) -> Result<Self, RamError> {
+        let mut files = files;
+        let mut blocks = Vec::with_capacity(setup.blocks.len());
+        let mut small_bytes = 0u64;
+        for b in &setup.blocks {
+            if let Some(i) = files.iter().position(|(name, _)| *name == b.name) {
+                let (name, file) = files.swap_remove(i);
+                if file.bytes() != b.bytes {
+                    return Err(RamError::BlockSize {
+                        name,
+                        block: b.bytes,
+                        file: file.bytes(),
+                    });
+                }
+                blocks.push(Place::File(file));
+                continue;
+            }
+            small_bytes = small_bytes.saturating_add(b.bytes);
+            if small_bytes > SMALL_BYTES_MAX {
+                return Err(RamError::TooMuchSmall {
+                    bytes: small_bytes,
+                    max: SMALL_BYTES_MAX,
+                });
+            }
+            blocks.push(Place::Small(SmallBlock {
+                name: b.name.clone(),
+                bytes: vec![0; b.bytes as usize],
+                changed: vec![0; b.pages() as usize],
+            }));
+        }
+        match files.pop() {
+            Some((name, _)) => Err(RamError::NoSuchBlock(name)),
+            None => Ok(Self { blocks, clock: 0 }),
+        }
+    }
+
+    pub fn write_page(&mut self, block: u16, page: u64, data: &Page) -> Result<(), RamError> {
+        self.clock += 1;
+        let wrote = match self.blocks.get_mut(usize::from(block)) {
+            Some(Place::File(f)) => f.write(page, data),
+            Some(Place::Small(s)) => s.write(page, data, self.clock),
+            None => false,
+        };
+        self.checked(wrote, block, page)
+    }
+
+    pub fn zero_page(&mut self, block: u16, page: u64) -> Result<(), RamError> {
+        self.clock += 1;
+        let wrote = match self.blocks.get_mut(usize::from(block)) {
+            Some(Place::File(f)) => f.zero(page),
+            Some(Place::Small(s)) => s.write(page, &ZERO_PAGE, self.clock),
+            None => false,
+        };
+        self.checked(wrote, block, page)
+    }
+
+    pub fn read_page(&self, block: u16, page: u64, into: &mut Page) -> Result<(), RamError> {
+        let read = match self.blocks.get(usize::from(block)) {
+            Some(Place::File(f)) => f.read(page, into),
+            Some(Place::Small(s)) => match usize::try_from(page).ok().and_then(|p| s.page(p)) {
+                Some(data) => {
+                    *into = *data;
+                    true
+                }
+                None => false,
+            },
+            None => false,
+        };
+        self.checked(read, block, page)
+    }
+
+    fn checked(&self, done: bool, block: u16, page: u64) -> Result<(), RamError> {
+        if done {
+            return Ok(());
+        }
+        Err(match self.blocks.get(usize::from(block)) {
+            Some(place) => RamError::OutOfBlock {
+                block,
+                page,
+                pages: place.pages(),
+            },
+            None => RamError::UnknownBlock {
+                block,
+                blocks: self.blocks.len(),
+            },
+        })
+    }
+
+    /// The blocks that are no files, with their numbers.
+    pub fn small(&self) -> impl Iterator<Item = &SmallBlock> {
+        self.blocks.iter().filter_map(|p| match p {
+            Place::Small(s) => Some(s),
+            Place::File(_) => None,
+        })
+    }
+
+    /// Now, for [`SmallBlock::changed_after`].
+    pub fn mark(&self) -> Mark {
+        Mark(Some(self.clock))
+    }
+
+    /// Bytes of guest memory that are not holes.
+    pub fn present_bytes(&self) -> u64 {
+        let of = |p: &Place| match p {
+            Place::File(f) => f.present_bytes(),
+            Place::Small(s) => s.bytes.len() as u64,
+        };
+        self.blocks.iter().map(of).sum()
+    }
+}
+
+impl Place {
+    fn pages(&self) -> u64 {
+        match self {
+            Self::File(f) => f.pages() as u64,
+            Self::Small(s) => s.changed.len() as u64,
+        }
+    }
+}
+
+impl SmallBlock {
+    fn page(&self, page: usize) -> Option<&Page> {
+        self.bytes.as_chunks().0.get(page)
+    }
+}
