@@ -48,7 +48,7 @@ pub fn decisions(look: &Look, decisions: &[DecisionView], vms: &[VmSummary]) -> 
                     action
                 }),
                 Cell::new(number(d.inputs.cps)),
-                cell(&d.because),
+                cell(super::explain::reason(d)),
             ]
         })
         .collect();

@@ -12,7 +12,10 @@ pub fn explain(look: &Look, d: &DecisionView, vm: Option<&VmSummary>) -> String 
         format!(
             "{}\n{}",
             look.bold(&headline(d, &name)),
-            look.sentences(vec![format!("Because: {}", d.because), when(look, d, vm)]),
+            look.sentences(vec![
+                format!("Because {}.", reason(d).trim_end_matches('.')),
+                when(look, d, vm)
+            ]),
         ),
         format!(
             "{}\n{}",
@@ -48,11 +51,20 @@ fn sentence(action: &str, name: &str, host: Option<&str>) -> String {
         "provision" => format!("make a warm shadow{on}"),
         "arm" => format!("give its shadow{on} more of what it will need, since contention nears"),
         "switch" => format!("switch over to its shadow{on}"),
+        "disarm" => format!("let its shadow{on} rest at tier 0 again, since contention is no longer near"),
         "fail_back" => format!("bring {name} back home"),
-        "reverse" => format!("keep a way back: make a shadow{on}"),
         "release" => "let its shadow go".to_owned(),
         other => other.replace('_', " "),
     }
+}
+
+/// The planner's sentence repeats its action ('switch, because …'), which stands elsewhere already.
+pub fn reason(d: &DecisionView) -> &str {
+    let because = d.because.as_str();
+    because
+        .strip_prefix(d.action.as_str())
+        .and_then(|s| s.strip_prefix(", because "))
+        .unwrap_or(because)
 }
 
 /// The same for a table's column.
@@ -87,7 +99,7 @@ fn numbers(i: &DecisionInputs, name: &str) -> Vec<String> {
 }
 
 fn score(i: &DecisionInputs, name: &str) -> String {
-    let side = if i.cps >= i.threshold { "at or above" } else { "below" };
+    let side = if i.cps > i.threshold { "above" } else { "not above" };
     match i.method.as_str() {
         "ratio" => format!(
             "{name}'s predicted use, weighed against what its host can give, scores {}: {side} the threshold of {}.",
@@ -172,13 +184,13 @@ mod tests {
             text,
             "\
 web: make a warm shadow on b
-  Because: contention is expected in 18 s and a copy takes 4.2 s
+  Because contention is predicted: CPS 0.91 is above 0.60; the copy takes 4.2 s.
   Decision 42 of 09:13:08, 12 s ago, when the VM was unprotected. Now it is
   standby on host a.
 
 The numbers
   The probability that web meets contention on its host within the horizon is
-  91 %: at or above the threshold of 60 %.
+  91 %: above the threshold of 60 %.
   Contention is expected in 18 s. A shadow takes 4.2 s to make, which leaves
   14 s to spare.
   web alone is expected to want 0.80 cores at its peak, 0.95 at the 90th and
@@ -198,13 +210,16 @@ The hosts looked at
     fn doing_nothing_is_explained_too() {
         let mut d = sample::decision();
         d.action = "nothing".into();
-        d.because = "nothing, because the score is low".into();
+        d.because = "nothing, because CPS 0.10 is not above 0.60".into();
         d.inputs.cps = 0.1;
         d.inputs.contention_in_s = None;
         d.hosts.clear();
         let text = explain(&sample::look(), &d, None);
-        assert!(text.contains(": nothing to do\n"), "{text}");
-        assert!(text.contains("10 %: below"), "{text}");
+        assert!(
+            text.contains(": nothing to do\n  Because CPS 0.10 is not above 0.60.\n"),
+            "{text}"
+        );
+        assert!(text.contains("10 %: not above"), "{text}");
         assert!(text.contains("No contention is expected"), "{text}");
         assert!(!text.contains("hosts looked at"), "{text}");
     }

@@ -158,7 +158,7 @@ pub fn decision() -> DecisionView {
         mode: Mode::Act,
         stage: Stage::Unprotected,
         action: "provision".into(),
-        because: "contention is expected in 18 s and a copy takes 4.2 s".into(),
+        because: "provision, because contention is predicted: CPS 0.91 is above 0.60; the copy takes 4.2 s".into(),
         inputs: DecisionInputs {
             cps: 0.91,
             threshold: 0.6,

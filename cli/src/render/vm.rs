@@ -48,7 +48,7 @@ fn standing(v: &VmView) -> Vec<(&'static str, String)> {
         (None, _) if !s.protect => "none, this VM is opted out".to_owned(),
         (None, _) => "none".to_owned(),
     };
-    let risk = if s.cps >= s.threshold { "at or above" } else { "below" };
+    let risk = if s.cps > s.threshold { "above" } else { "not above" };
     vec![
         ("host", super::vms::place(s)),
         ("stage", format!("{}, epoch {}", words_of(s.stage), v.epoch)),
@@ -235,7 +235,7 @@ web (00000001-0000-0000-0000-000000000001)
   host    a
   stage   standby, epoch 2
   shadow  on b, tier 0 (standby)
-  risk    CPS 0.91, at or above the threshold of 0.60
+  risk    CPS 0.91, above the threshold of 0.60
   size    1 vCPU, 256 MiB of RAM (210 MiB resident)
 
 Demand (cores)

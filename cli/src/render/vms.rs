@@ -41,7 +41,7 @@ fn row(v: &VmSummary, shared_name: bool) -> Vec<Cell> {
         stage_cell(v.stage),
         Cell::new(number(v.cpu_demand)),
         Cell::new(whole(v.wait_ms_per_s)),
-        if v.cps >= v.threshold { cps.fg(Color::Red) } else { cps },
+        if v.cps > v.threshold { cps.fg(Color::Red) } else { cps },
         Cell::new(number(v.threshold)),
         cell(&shadow(v)),
     ]
