@@ -29,6 +29,8 @@ pub struct Mark(u64);
 
 type Answer = Result<Value, (String, String)>;
 type Callback = Box<dyn FnOnce() + Send>;
+/// Says whether it wants to hear more.
+type Listener = Box<dyn FnMut(&Event) -> bool + Send>;
 
 #[derive(Default)]
 struct State {
@@ -38,6 +40,7 @@ struct State {
     next_event: u64,
     closed: bool,
     on_closed: Vec<Callback>,
+    listeners: Vec<Listener>,
 }
 
 struct Shared {
@@ -213,6 +216,11 @@ impl Client {
         f();
     }
 
+    /// Calls `f` with each event from now on, from the reader thread, until it returns false. `f` must not call the client.
+    pub fn on_event(&self, f: impl FnMut(&Event) -> bool + Send + 'static) {
+        self.0.shared.lock().listeners.push(Box::new(f));
+    }
+
     fn send(&self, command: &str, args: Value, fd: Option<BorrowedFd<'_>>) -> Result<u64, QmpError> {
         let mut writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let (stream, next) = &mut *writer;
@@ -377,15 +385,14 @@ fn sort(message: Message, shared: &Shared) {
         Message::Event { name, data, unix_us } => {
             let n = state.next_event;
             state.next_event += 1;
-            state.events.push_back((
-                n,
-                Event {
-                    name,
-                    data,
-                    unix_us,
-                    arrived: Instant::now(),
-                },
-            ));
+            let event = Event {
+                name,
+                data,
+                unix_us,
+                arrived: Instant::now(),
+            };
+            state.listeners.retain_mut(|hear| hear(&event));
+            state.events.push_back((n, event));
             if state.events.len() > EVENTS_KEPT {
                 state.events.pop_front();
             }
