@@ -10,7 +10,6 @@
 //!
 //! The Debian way is taken where its packages are, because it can be set up without asking anybody: `setup_tools` builds bpf-linker
 //! and lays out a folder that looks like a toolchain. UMBRA_EBPF_TOOLCHAIN = `rustup` or `debian` overrules.
-#![allow(dead_code)]
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsString;
@@ -62,9 +61,14 @@ pub fn check_tools() -> Result<()> {
         Some(Way::Rustup) => Ok(()),
         Some(Way::Debian) => match linker(&cache).is_file() && toolchain(&cache).join("bin/rustc").exists() {
             true => Ok(()),
-            false => bail!("bpf-linker or the toolchain folder is missing under {}", cache.display()),
+            false => bail!(
+                "bpf-linker or the toolchain folder is missing under {}",
+                cache.display()
+            ),
         },
-        None => bail!("no compiler for eBPF: neither {DEBIAN_RUSTC} with its sources, nor rustup's nightly with rust-src and bpf-linker"),
+        None => bail!(
+            "no compiler for eBPF: neither {DEBIAN_RUSTC} with its sources, nor rustup's nightly with rust-src and bpf-linker"
+        ),
     }
 }
 
@@ -75,7 +79,10 @@ pub fn setup_tools(say: &dyn Fn(&str)) -> Result<()> {
     match way() {
         Some(Way::Rustup) => return Ok(()),
         Some(Way::Debian) => {}
-        None => bail!("install {} first, or rustup's nightly with rust-src and a bpf-linker on PATH", DEBIAN_PACKAGES.join(", ")),
+        None => bail!(
+            "install {} first, or rustup's nightly with rust-src and a bpf-linker on PATH",
+            DEBIAN_PACKAGES.join(", ")
+        ),
     }
     lay_out_toolchain(&cache, say)?;
     build_linker(&cache, say)
@@ -114,9 +121,15 @@ fn way() -> Option<Way> {
         && Path::new(DEBIAN_RUSTLIB).join("src/rust/library/core").is_dir()
         && libllvm().is_some();
     let rustup = || {
-        let out = Command::new("rustup").args(["run", "nightly", "rustc", "--print", "sysroot"]).output().ok();
-        let sysroot = out.filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
-        sysroot.is_some_and(|s| Path::new(&s).join("lib/rustlib/src/rust/library/core").is_dir()) && on_path("bpf-linker")
+        let out = Command::new("rustup")
+            .args(["run", "nightly", "rustc", "--print", "sysroot"])
+            .output()
+            .ok();
+        let sysroot = out
+            .filter(|o| o.status.success())
+            .map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+        sysroot.is_some_and(|s| Path::new(&s).join("lib/rustlib/src/rust/library/core").is_dir())
+            && on_path("bpf-linker")
     };
     match std::env::var("UMBRA_EBPF_TOOLCHAIN").as_deref() {
         Ok("rustup") => Some(Way::Rustup),
@@ -151,19 +164,28 @@ fn lay_out_toolchain(cache: &Path, say: &dyn Fn(&str)) -> Result<()> {
     let dir = toolchain(cache);
     let cargo = match Command::new("rustup").args(["which", "cargo"]).output() {
         Ok(o) if o.status.success() => PathBuf::from(String::from_utf8_lossy(&o.stdout).trim()),
-        _ => std::env::var_os("CARGO").map(PathBuf::from).context("no cargo: run this by `cargo xtask`")?,
+        _ => std::env::var_os("CARGO")
+            .map(PathBuf::from)
+            .context("no cargo: run this by `cargo xtask`")?,
     };
     let links = [
         (PathBuf::from(DEBIAN_RUSTC), dir.join("bin/rustc")),
         (cargo, dir.join("bin/cargo")),
         (PathBuf::from(DEBIAN_RUSTLIB), dir.join("lib/rustlib")),
-        (libllvm().context("libllvm22 is not installed")?, cache.join("llvm22/lib/libLLVM.so")),
+        (
+            libllvm().context("libllvm22 is not installed")?,
+            cache.join("llvm22/lib/libLLVM.so"),
+        ),
     ];
     for (to, link) in links {
         if fs::read_link(&link).is_ok_and(|t| t == to) {
             continue;
         }
-        say(&format!("{} -> {}: part of the eBPF toolchain", link.display(), to.display()));
+        say(&format!(
+            "{} -> {}: part of the eBPF toolchain",
+            link.display(),
+            to.display()
+        ));
         if let Some(parent) = link.parent() {
             fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
         }
@@ -179,10 +201,21 @@ fn build_linker(cache: &Path, say: &dyn Fn(&str)) -> Result<()> {
     if linker(cache).is_file() {
         return Ok(());
     }
-    say(&format!("cargo install bpf-linker {BPF_LINKER}: links the kernel programs; its default wants LLVM 23, Debian has 22"));
+    say(&format!(
+        "cargo install bpf-linker {BPF_LINKER}: links the kernel programs; its default wants LLVM 23, Debian has 22"
+    ));
     let root = cache.join(format!("bpf-linker-{BPF_LINKER}"));
     let status = Command::new("cargo")
-        .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--no-default-features", "--features", "llvm-22"])
+        .args([
+            "install",
+            "bpf-linker",
+            "--version",
+            BPF_LINKER,
+            "--locked",
+            "--no-default-features",
+            "--features",
+            "llvm-22",
+        ])
         .arg("--root")
         .arg(&root)
         .env("LLVM_PREFIX", cache.join("llvm22"))
@@ -210,7 +243,9 @@ fn inner_cargo(root: &Path, cache: &Path, way: Way, target_dir: &Path) -> Result
             let mut c = Command::new(dir.join("bin/cargo"));
             let linker_dir = linker(cache).parent().map(Path::to_owned).unwrap_or_default();
             let path = std::env::var_os("PATH").unwrap_or_default();
-            let dirs = [dir.join("bin"), linker_dir].into_iter().chain(std::env::split_paths(&path));
+            let dirs = [dir.join("bin"), linker_dir]
+                .into_iter()
+                .chain(std::env::split_paths(&path));
             c.env("PATH", std::env::join_paths(dirs).context("PATH")?);
             c.env("RUSTC", dir.join("bin/rustc"));
             // A release compiler takes -Z flags only so; it is set for this build alone.
@@ -222,7 +257,15 @@ fn inner_cargo(root: &Path, cache: &Path, way: Way, target_dir: &Path) -> Result
         cmd.env_remove("RUSTC");
     }
     cmd.current_dir(root)
-        .args(["build", "--release", "--quiet", "-Z", "build-std=core", "--target", TARGET])
+        .args([
+            "build",
+            "--release",
+            "--quiet",
+            "-Z",
+            "build-std=core",
+            "--target",
+            TARGET,
+        ])
         .args(["--package", PACKAGE, "--bin", BIN, "--features", "programs"])
         .arg("--target-dir")
         .arg(target_dir)
@@ -230,7 +273,14 @@ fn inner_cargo(root: &Path, cache: &Path, way: Way, target_dir: &Path) -> Result
         // The workspace's release profile is meant for daemons.
         .env("CARGO_PROFILE_RELEASE_DEBUG", "2")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1");
-    for key in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS", "RUSTUP_TOOLCHAIN", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET"] {
+    for key in [
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "RUSTFLAGS",
+        "RUSTUP_TOOLCHAIN",
+        "CARGO_TARGET_DIR",
+        "CARGO_BUILD_TARGET",
+    ] {
         cmd.env_remove(key);
     }
     Ok(cmd)
@@ -239,7 +289,13 @@ fn inner_cargo(root: &Path, cache: &Path, way: Way, target_dir: &Path) -> Result
 /// The bindings differ by the host's architecture; `--btf` keeps the types of maps and programs in the object.
 fn rustflags() -> OsString {
     let arch = std::env::consts::ARCH;
-    [format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()].join("\x1f").into()
+    [
+        format!("--cfg=bpf_target_arch=\"{arch}\""),
+        "-Cdebuginfo=2".into(),
+        "-Clink-arg=--btf".into(),
+    ]
+    .join("\x1f")
+    .into()
 }
 
 /// Changes whenever the object could: with the sources' text, the way, and the compiler.

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cpio::Archive;
 use crate::debian::Apt;
-use crate::run;
+use crate::{ebpf, run};
 
 const KERNEL: &str = "linux-image-cloud-amd64";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -24,7 +24,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_net", "virtio_blk"];
 
 pub fn folder(root: &Path) -> PathBuf {
-    root.join("target/guest")
+    ebpf::target_dir(root).join("guest")
 }
 
 /// Whether an image is there that is newer than the sources of its program: a quick look, for `--print`.
@@ -89,7 +89,7 @@ fn replace(path: &Path, data: &[u8]) -> Result<()> {
 
 /// Builds the guest's program, static, in a target folder of its own: its flags would make cargo build everything else anew.
 fn program(root: &Path) -> Result<PathBuf> {
-    let target = root.join("target/guest-build");
+    let target = ebpf::target_dir(root).join("guest-build");
     let mut cargo = run::cargo();
     cargo
         .args([
@@ -121,7 +121,7 @@ fn program(root: &Path) -> Result<PathBuf> {
 
 /// The kernel's folder in the cache. One that is there is taken, whatever its version: nothing is asked of the network then.
 fn kernel(apt: &mut Apt) -> Result<PathBuf> {
-    let cache = run::cache()?.join("kernel");
+    let cache = ebpf::cache_dir()?.join("kernel");
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
     let complete = |entry: &PathBuf| entry.join("modules/order").exists() && entry.join("vmlinuz").exists();
     let mut there: Vec<_> = fs::read_dir(&cache)?

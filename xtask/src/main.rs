@@ -1,10 +1,18 @@
 //! `cargo xtask`: builds, tests and shows Umbra. One file a command; `setup` is called by those that need it.
 
+mod bench;
+mod build;
+mod check;
 mod cpio;
 mod debian;
+mod demo;
+mod ebpf;
 mod guest;
 mod run;
 mod setup;
+mod steps;
+mod tally;
+mod test;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -20,10 +28,25 @@ struct Cli {
 enum Command {
     /// Install what is missing on this machine, step by step; does nothing where nothing is missing
     Setup(setup::Options),
+    /// Build the kernel programs and every binary, release
+    Build,
+    /// Show it: two hosts, a real VM, a real switchover. About eight minutes
+    Demo(demo::Options),
+    /// Run everything: setup, build, lints, unit tests, whole-system tests
+    Test,
+    /// Format, lints and unit tests: what needs no root
+    Check,
+    /// Run one benchmark, ours beside its peer's
+    Bench(bench::Options),
 }
 
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Setup(options) => setup::run(&options),
+        Command::Build => build::run(),
+        Command::Demo(options) => demo::run(&options),
+        Command::Test => test::run(),
+        Command::Check => check::run(),
+        Command::Bench(options) => bench::run(&options),
     }
 }

@@ -14,22 +14,10 @@ pub fn root() -> PathBuf {
     package.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
-/// Where downloads and tools stay between checkouts: `$UMBRA_CACHE`, or `umbra` in the user's cache.
-pub fn cache() -> Result<PathBuf> {
-    if let Some(folder) = env::var_os("UMBRA_CACHE") {
-        return Ok(folder.into());
-    }
-    let home =
-        env::var_os("HOME").context("neither UMBRA_CACHE nor HOME is set, so there is no place for the tools")?;
-    Ok(env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| Path::new(&home).join(".cache"), PathBuf::from)
-        .join("umbra"))
-}
-
-/// Cargo in the repository. Everything goes to its own `target`: tests and the demo look for the binaries there.
+/// Cargo in the repository.
 pub fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(root()).env_remove("CARGO_TARGET_DIR");
+    command.current_dir(root());
     // What `cargo run` tells this program about its own package is not for its children.
     command
         .env_remove("CARGO_MANIFEST_DIR")

@@ -9,12 +9,12 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::debian::{self, Apt};
-use crate::{guest, run};
+use crate::{ebpf, guest, run};
 
 /// The first QEMU that can hold a migration open (capability `switchover-ack`).
 const QEMU_LEAST: &str = "1:8.1";
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct Options {
     /// Only list the steps, why each is there, and what is missing
     #[arg(long)]
@@ -53,11 +53,27 @@ const STEPS: &[Step] = &[
         optional: false,
     },
     Step {
+        name: "security source",
+        why: "a compiler for the kernel programs (rustc-web, libllvm22) is in Debian 12's security archive only",
+        look: look_security,
+        act: add_security,
+        needs_root: true,
+        optional: false,
+    },
+    Step {
         name: "Debian packages",
-        why: "QEMU, network namespaces, a C compiler for bundled libraries",
+        why: "QEMU, network namespaces, a C compiler for bundled libraries, a compiler for the kernel programs",
         look: look_packages,
         act: install_packages,
         needs_root: true,
+        optional: false,
+    },
+    Step {
+        name: "eBPF toolchain",
+        why: "bpf-linker, and a folder that joins cargo with a compiler that builds for the kernel",
+        look: look_ebpf,
+        act: setup_ebpf,
+        needs_root: false,
         optional: false,
     },
     Step {
@@ -150,6 +166,44 @@ fn add_backports(_: &mut Context) -> Result<String> {
     Ok(format!("{suite} of {}", archive.uri))
 }
 
+fn missing_ebpf_packages() -> Vec<&'static str> {
+    // Whoever has rustup's nightly with its sources and a linker needs none of them.
+    if ebpf::check_tools().is_ok() {
+        return Vec::new();
+    }
+    ebpf::DEBIAN_PACKAGES
+        .iter()
+        .copied()
+        .filter(|name| !debian::has(name, ""))
+        .collect()
+}
+
+fn look_security(_: &Context) -> Result<Look> {
+    let there = debian::sources()
+        .iter()
+        .any(|source| source.suite.ends_with("-security"));
+    if there || debian::codename().as_deref() != Some("bookworm") || missing_ebpf_packages().is_empty() {
+        return Ok(Look::There("configured or not needed".into()));
+    }
+    Ok(Look::Missing(
+        "writes /etc/apt/sources.list.d/umbra-security.sources".into(),
+    ))
+}
+
+fn add_security(_: &mut Context) -> Result<String> {
+    let archive = debian::archive_of(&debian::sources(), "bookworm");
+    // Debian's mirrors carry it beside the archive, under this name.
+    let uri = format!("{}-security", archive.uri.trim_end_matches('/'));
+    let security = debian::Source { uri, ..archive };
+    debian::add_source(
+        "umbra-security.sources",
+        "rustc-web and libllvm22",
+        &security,
+        "bookworm-security",
+    )?;
+    Ok(security.uri)
+}
+
 /// Package and the oldest version that will do.
 const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", QEMU_LEAST),
@@ -161,18 +215,18 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 fn missing_packages() -> Vec<&'static str> {
-    PACKAGES
+    let missing = PACKAGES
         .iter()
         .filter(|(name, least)| !debian::has(name, least))
-        .map(|(name, _)| *name)
-        .collect()
+        .map(|(name, _)| *name);
+    missing.chain(missing_ebpf_packages()).collect()
 }
 
 fn look_packages(_: &Context) -> Result<Look> {
     let missing = missing_packages();
     if missing.is_empty() {
         let qemu = debian::installed("qemu-system-x86").unwrap_or_default();
-        return Ok(Look::There(format!("{} packages, QEMU {qemu}", PACKAGES.len())));
+        return Ok(Look::There(format!("all are installed, QEMU {qemu}")));
     }
     Ok(Look::Missing(format!("installs {}", missing.join(" "))))
 }
@@ -191,6 +245,18 @@ fn install_packages(context: &mut Context) -> Result<String> {
         );
     }
     Ok(missing.join(" "))
+}
+
+fn look_ebpf(_: &Context) -> Result<Look> {
+    Ok(match ebpf::check_tools() {
+        Ok(()) => Look::There("ready".into()),
+        Err(missing) => Look::Missing(format!("{missing:#}")),
+    })
+}
+
+fn setup_ebpf(_: &mut Context) -> Result<String> {
+    ebpf::setup_tools(&|line| println!("    {line}"))?;
+    Ok("ready".into())
 }
 
 fn look_tracefs(_: &Context) -> Result<Look> {
