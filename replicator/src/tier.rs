@@ -1,1 +1,263 @@
-//! Tiers.
+//! Tiers: how much CPU a shadow may use, by a cgroup of its own in whichever cpu hierarchy this host has.
+//!
+//! v2 takes `cpu.max` ("quota period"), v1 `cpu.cfs_quota_us` with a fixed period. A group is made without a limit; the first
+//! [`set`](Group::set) brings one. Memory tiers come with a later issue.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use umbra_api::order::{Peak, Refusal, RefusalCode, Tier};
+
+/// The kernel's default period, and ours.
+const PERIOD_US: u64 = 100_000;
+
+/// Least quota: QEMU's main loop must still answer QMP. The kernel refuses below 1 ms in any case.
+const QUOTA_MIN_US: u64 = 5_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TierError {
+    #[error("this host has no cgroup hierarchy with a cpu controller: tiers have no effect")]
+    NoController,
+    #[error("{0:?} is no name of a cgroup: it must be relative, without '..'")]
+    Name(String),
+    #[error("cgroup {}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+impl From<TierError> for Refusal {
+    fn from(e: TierError) -> Self {
+        Refusal::new(RefusalCode::Local, e.to_string())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    V1,
+    V2,
+}
+
+/// A mounted hierarchy that has the cpu controller.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hierarchy {
+    kind: Kind,
+    mount: PathBuf,
+}
+
+impl Hierarchy {
+    pub fn detect() -> Result<Self, TierError> {
+        let path = PathBuf::from("/proc/self/mountinfo");
+        let table = fs::read_to_string(&path).map_err(|source| TierError::Io { path, source })?;
+        let has_cpu = |mount: &Path| {
+            fs::read_to_string(mount.join("cgroup.controllers"))
+                .is_ok_and(|c| c.split_ascii_whitespace().any(|c| c == "cpu"))
+        };
+        pick(&table, has_cpu).ok_or(TierError::NoController)
+    }
+}
+
+/// On a hybrid host the controller is in one of the two: v1 if it is mounted there.
+fn pick(mountinfo: &str, v2_has_cpu: impl Fn(&Path) -> bool) -> Option<Hierarchy> {
+    let mounts: Vec<_> = mountinfo.lines().filter_map(mount).collect();
+    let v1 = mounts
+        .iter()
+        .find(|(kind, options, _)| *kind == "cgroup" && options.split(',').any(|o| o == "cpu"));
+    if let Some((.., mount)) = v1 {
+        return Some(Hierarchy {
+            kind: Kind::V1,
+            mount: mount.into(),
+        });
+    }
+    let v2 = mounts
+        .iter()
+        .find(|(kind, _, mount)| *kind == "cgroup2" && v2_has_cpu(Path::new(mount)));
+    v2.map(|(.., mount)| Hierarchy {
+        kind: Kind::V2,
+        mount: mount.into(),
+    })
+}
+
+/// Filesystem type, super block options, mount point of a line of mountinfo.
+fn mount(line: &str) -> Option<(&str, &str, &str)> {
+    let (before, after) = line.split_once(" - ")?;
+    let mut after = after.split(' ');
+    Some((after.next()?, after.nth(1)?, before.split(' ').nth(4)?))
+}
+
+/// One shadow's group. Dropping it leaves the group in place: it lives as long as the VM.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Group {
+    kind: Kind,
+    path: PathBuf,
+}
+
+impl Group {
+    /// Makes `parent`/`name`, and `parent` where it is missing.
+    pub fn create(parent: &str, name: &str) -> Result<Self, TierError> {
+        let hierarchy = Hierarchy::detect()?;
+        let relative = Path::new(parent).join(name);
+        if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
+            return Err(TierError::Name(relative.display().to_string()));
+        }
+        let mut path = hierarchy.mount.clone();
+        for component in relative.components() {
+            if hierarchy.kind == Kind::V2 {
+                hand_down(&path)?;
+            }
+            path.push(component);
+            match fs::create_dir(&path) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(TierError::Io { path, source: e }),
+                _ => {}
+            }
+        }
+        Ok(Self {
+            kind: hierarchy.kind,
+            path,
+        })
+    }
+
+    /// The group of a record.
+    pub fn open(path: &Path) -> Self {
+        let kind = if path.join("cpu.cfs_quota_us").exists() {
+            Kind::V1
+        } else {
+            Kind::V2
+        };
+        Self {
+            kind,
+            path: path.to_owned(),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves a process with all its threads.
+    pub fn add(&self, pid: i32) -> Result<(), TierError> {
+        self.write("cgroup.procs", &pid.to_string())
+    }
+
+    /// Gives the shadow the tier's share of its expected peak.
+    pub fn set(&self, tier: Tier, peak: Peak) -> Result<(), TierError> {
+        self.set_quota(quota_us(tier, peak))
+    }
+
+    /// Lifts the limit.
+    pub fn lift(&self) -> Result<(), TierError> {
+        self.set_quota(None)
+    }
+
+    fn set_quota(&self, quota_us: Option<u64>) -> Result<(), TierError> {
+        match (self.kind, quota_us) {
+            (Kind::V2, Some(quota)) => self.write("cpu.max", &format!("{quota} {PERIOD_US}")),
+            (Kind::V2, None) => self.write("cpu.max", &format!("max {PERIOD_US}")),
+            (Kind::V1, quota) => {
+                self.write("cpu.cfs_period_us", &PERIOD_US.to_string())?;
+                let quota = quota.map_or("-1".to_owned(), |q| q.to_string());
+                self.write("cpu.cfs_quota_us", &quota)
+            }
+        }
+    }
+
+    /// Removes the group after its last process is gone.
+    pub fn remove(self) -> Result<(), TierError> {
+        for _ in 0..50 {
+            match fs::remove_dir(&self.path) {
+                Ok(()) => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+                // A killed process leaves its group a moment after it is seen dead, and no event tells.
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(10)),
+                Err(source) => {
+                    return Err(TierError::Io {
+                        path: self.path,
+                        source,
+                    });
+                }
+            }
+        }
+        Err(TierError::Io {
+            path: self.path,
+            source: io::Error::from_raw_os_error(libc::EBUSY),
+        })
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<(), TierError> {
+        let path = self.path.join(file);
+        fs::write(&path, value).map_err(|source| TierError::Io { path, source })
+    }
+}
+
+/// v2 hands a controller down level by level.
+fn hand_down(path: &Path) -> Result<(), TierError> {
+    let file = path.join("cgroup.subtree_control");
+    let has = fs::read_to_string(&file).is_ok_and(|c| c.split_ascii_whitespace().any(|c| c == "cpu"));
+    if has {
+        return Ok(());
+    }
+    fs::write(&file, "+cpu").map_err(|source| TierError::Io { path: file, source })
+}
+
+/// Microseconds of CPU a period, `None` for no limit: while no peak is known, nothing is known that could be a share of it.
+pub fn quota_us(tier: Tier, peak: Peak) -> Option<u64> {
+    // Written this way round so that a NaN gives no limit.
+    if !(peak.cpu_cores > 0.0) {
+        return None;
+    }
+    // A float that does not fit saturates, which is no limit in practice either.
+    Some(((peak.cpu_cores * tier.share() * PERIOD_US as f64) as u64).max(QUOTA_MIN_US))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "30 25 0:26 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n\
+                          31 25 0:27 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+                          32 25 0:28 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset\n";
+    const UNIFIED: &str = "30 25 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+
+    #[test]
+    fn the_hierarchy_with_the_controller_is_picked() {
+        let h = pick(HYBRID, |_| false).unwrap();
+        assert_eq!(
+            h,
+            Hierarchy {
+                kind: Kind::V1,
+                mount: "/sys/fs/cgroup/cpu,cpuacct".into()
+            }
+        );
+        let h = pick(UNIFIED, |_| true).unwrap();
+        assert_eq!(
+            h,
+            Hierarchy {
+                kind: Kind::V2,
+                mount: "/sys/fs/cgroup".into()
+            }
+        );
+        assert_eq!(pick(UNIFIED, |_| false), None);
+        assert_eq!(pick("garbage - x", |_| true), None);
+    }
+
+    #[test]
+    fn shares_of_the_peak() {
+        let peak = |cpu_cores| Peak {
+            cpu_cores,
+            mem_bytes: 0,
+        };
+        assert_eq!(quota_us(Tier::Standby, peak(2.0)), Some(20_000));
+        assert_eq!(quota_us(Tier::Armed, peak(2.0)), Some(100_000));
+        assert_eq!(quota_us(Tier::Active, peak(2.0)), Some(200_000));
+        assert_eq!(quota_us(Tier::Standby, peak(0.01)), Some(QUOTA_MIN_US));
+        assert_eq!(quota_us(Tier::Standby, peak(0.0)), None);
+        assert_eq!(quota_us(Tier::Standby, peak(f64::NAN)), None);
+    }
+
+    #[test]
+    fn names_do_not_leave_the_hierarchy() {
+        for name in ["../x", "/x", "a/../../b"] {
+            assert!(!matches!(Group::create(name, "y"), Ok(_)), "{name}");
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! Starts shadows: a QEMU over RAM files, with taps, sockets and files of its own, paused and waiting for its migration.
+//!
+//! ```text
+//!  spec ─check─> record.json ─> files, taps ─> group ─> QEMU ─> QMP: capabilities, getfd, migrate-incoming ─> Shadow
+//!                     └── any step fails: discard(record), which undoes what is there ──> Refusal
+//! ```
+//! The record is on disk before the first thing is made, and every name in it follows from the VM and the session: whatever
+//! dies in between, [`records`] finds it and [`discard`] cleans it up. A shadow lives in a session of its own and
+//! survives its replicator, except that QEMU ends by itself if its migration breaks off half-way.
+
+pub mod checks;
+pub mod command;
+pub mod process;
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use umbra_api::VmId;
+use umbra_api::order::{Refusal, RefusalCode};
+use umbra_api::wire::control::ShadowSpec;
+
+use crate::proc::{self, ProcessId, Scope};
+use crate::qmp::{Client, QmpError, Version};
+use crate::tap;
+use crate::tier::{Group, TierError};
+use process::Started;
+
+/// Id of the chardev and monitor through which Umbra talks to QEMUs that it started.
+pub const QMP_ID: &str = "umbra-qmp";
+/// Its socket's name in the run directory.
+pub const QMP_SOCKET: &str = "umbra.qmp";
+const RECORD: &str = "record.json";
+const RAM_EXTENSION: &str = "ram";
+
+/// A cold QEMU opens its monitor within half a second, on a busy host within some.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// After SIGKILL: the kernel frees the guest's memory before the process counts as dead.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How shadows are started on this host.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LaunchConfig {
+    /// A directory a shadow: sockets, logs, the record. Short, because a socket's path has at most 107 bytes.
+    pub run_dir: PathBuf,
+    /// On tmpfs or hugetlbfs.
+    pub ram_dir: PathBuf,
+    /// Where QEMU binaries are looked for instead of the PATH.
+    pub qemu_dir: Option<PathBuf>,
+    /// Parent of the shadows' groups in the cpu hierarchy: `umbra`.
+    pub cgroup: Option<String>,
+    /// The cores that shadows may use; all that the replicator may use if `None`.
+    pub cpus: Option<Vec<usize>>,
+    /// Bridges of other hosts by what they are called here.
+    pub bridges: BTreeMap<String, String>,
+    /// The bridge of a NIC whose primary's tap is in none.
+    pub default_bridge: Option<String>,
+}
+
+impl Default for LaunchConfig {
+    fn default() -> Self {
+        Self {
+            run_dir: "/run/umbra/vm".into(),
+            ram_dir: "/dev/shm/umbra".into(),
+            qemu_dir: None,
+            cgroup: Some("umbra".into()),
+            cpus: None,
+            bridges: BTreeMap::new(),
+            default_bridge: None,
+        }
+    }
+}
+
+/// All that is needed to find a shadow again and to clean up after it. Kept as `record.json` in its run directory from
+/// before the first thing is made.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShadowRecord {
+    pub vm: VmId,
+    pub session: u64,
+    /// `None` while it is being started.
+    pub process: Option<ProcessId>,
+    pub dir: PathBuf,
+    pub qmp_path: PathBuf,
+    pub log: PathBuf,
+    /// RAM block and its file.
+    pub ram: Vec<(String, PathBuf)>,
+    pub taps: Vec<String>,
+    /// The command line's files in the run directory: `serial0.log` and its path.
+    pub run_files: Vec<(String, PathBuf)>,
+    pub cgroup: Option<PathBuf>,
+}
+
+impl ShadowRecord {
+    fn plan(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> Self {
+        let dir = cfg.run_dir.join(format!("{}-{session}", vm.0.simple()));
+        let ram = |name: &str| {
+            cfg.ram_dir
+                .join(format!("{}-{session}-{name}.{RAM_EXTENSION}", vm.0.simple()))
+        };
+        Self {
+            vm,
+            session,
+            process: None,
+            qmp_path: dir.join(QMP_SOCKET),
+            log: dir.join("qemu.log"),
+            ram: spec.ram.iter().map(|r| (r.name.clone(), ram(&r.name))).collect(),
+            taps: (0..spec.nics.len()).map(|n| tap::name_of(vm, session, n)).collect(),
+            run_files: command::run_files(spec)
+                .into_iter()
+                .map(|f| (f.to_owned(), dir.join(f)))
+                .collect(),
+            cgroup: None,
+            dir,
+        }
+    }
+
+    /// Written beside and renamed, so that a crash leaves the old one or the new one.
+    fn save(&self) -> io::Result<()> {
+        let path = self.dir.join(RECORD);
+        let new = path.with_extension("new");
+        fs::write(&new, serde_json::to_vec_pretty(self)?)?;
+        File::open(&new)?.sync_all()?;
+        fs::rename(new, path)
+    }
+
+    /// Whether its QEMU still runs.
+    pub fn alive(&self) -> bool {
+        self.process.is_some_and(|p| p.alive())
+    }
+
+    /// The end of QEMU's own output: why it died, in its words.
+    pub fn last_words(&self) -> String {
+        let text = fs::read(&self.log).unwrap_or_default();
+        let text =
+            String::from_utf8_lossy(text.get(text.len().saturating_sub(2048)..).unwrap_or_default()).into_owned();
+        let lines: Vec<_> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+        lines
+            .get(lines.len().saturating_sub(5)..)
+            .unwrap_or_default()
+            .join("; ")
+    }
+}
+
+/// A shadow QEMU that waits. Dropping it leaves the QEMU running: [`discard`] ends it.
+pub struct Shadow {
+    pub record: ShadowRecord,
+    pub qmp: Client,
+    /// Our end of the socket on which QEMU reads its migration; `None` if [`reopen`]ed.
+    pub incoming: Option<OwnedFd>,
+    /// What works, but not as well as it should.
+    pub warnings: Vec<String>,
+}
+
+impl Shadow {
+    /// Its cgroup, if this host has one to give.
+    pub fn group(&self) -> Option<Group> {
+        self.record.cgroup.as_deref().map(Group::open)
+    }
+}
+
+/// One at a time: free memory is checked and taken in two steps.
+static LAUNCHING: Mutex<()> = Mutex::new(());
+
+/// Starts a shadow. After a refusal nothing of it is left.
+pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> Result<Shadow, Refusal> {
+    let _one = LAUNCHING.lock().unwrap_or_else(PoisonError::into_inner);
+    command::check(spec)?;
+    let mut record = ShadowRecord::plan(spec, cfg, vm, session);
+    command::check_dir(&record.dir, spec)?;
+    let binary = checks::binary(spec, cfg)?;
+    checks::files(spec)?;
+    checks::vhost(spec)?;
+    let bridges = checks::bridges(spec, cfg)?;
+    make_dir(&cfg.ram_dir)?;
+    checks::memory(spec, &cfg.ram_dir)?;
+    make_dir(&cfg.run_dir)?;
+    // Not made by make_dir: that it is new shows that no other shadow has this name.
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&record.dir)
+        .map_err(|e| local(&record.dir.display().to_string(), e))?;
+    start(spec, cfg, &binary, &bridges, &mut record).map_err(|refusal| {
+        if let Err(left) = discard(&record) {
+            tracing::warn!(%vm, session, refusal = %left, "a shadow that failed to start could not be cleaned up");
+        }
+        refusal
+    })
+}
+
+fn start(
+    spec: &ShadowSpec,
+    cfg: &LaunchConfig,
+    binary: &Path,
+    bridges: &[String],
+    record: &mut ShadowRecord,
+) -> Result<Shadow, Refusal> {
+    let save = |r: &ShadowRecord| r.save().map_err(|e| local("the shadow's record", e));
+    save(record)?;
+    let mut warnings = Vec::new();
+    for (block, (_, path)) in spec.ram.iter().zip(&record.ram) {
+        make_ram(path, block.bytes).map_err(|e| local(&path.display().to_string(), e))?;
+    }
+    for (n, (name, bridge)) in record.taps.iter().zip(bridges).enumerate() {
+        tap::create(name, command::queues(spec, n) > 1).map_err(|e| local(&format!("tap {name}"), e))?;
+        tap::plug(name, bridge).map_err(|e| local(&format!("tap {name} into bridge {bridge}"), e))?;
+    }
+    let group = match make_group(cfg, record) {
+        Ok(group) => group,
+        Err(e) => {
+            warnings.push(format!("the shadow has no CPU tier: {e}"));
+            None
+        }
+    };
+    record.cgroup = group.as_ref().map(|g| g.path().to_owned());
+    save(record)?;
+
+    let log = private_file(&record.log).map_err(|e| local(&record.log.display().to_string(), e))?;
+    let args = command::build(spec, record);
+    let started = process::start(binary, &args, log, cfg.cpus.as_deref())
+        .map_err(|e| local(&format!("{} does not start", binary.display()), e))?;
+    record.process = Some(started.id);
+    save(record)?;
+    if let Some(Err(e)) = group.map(|g| g.add(started.id.pid)) {
+        warnings.push(format!("the shadow has no CPU tier: {e}"));
+    }
+    let qmp = connect(record, &started)?;
+    let incoming = prepare(spec, record, &qmp, &mut warnings)?;
+    Ok(Shadow {
+        record: record.clone(),
+        qmp,
+        incoming: Some(incoming),
+        warnings,
+    })
+}
+
+fn make_group(cfg: &LaunchConfig, record: &ShadowRecord) -> Result<Option<Group>, TierError> {
+    let Some(parent) = &cfg.cgroup else { return Ok(None) };
+    Group::create(parent, &format!("vm-{}-{}", record.vm.0.simple(), record.session)).map(Some)
+}
+
+/// Waits for QEMU's monitor, or for QEMU's end.
+fn connect(record: &ShadowRecord, started: &Started) -> Result<Client, Refusal> {
+    let deadline = Instant::now() + START_TIMEOUT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let error = match Client::connect(&record.qmp_path, left.max(Duration::from_millis(1))) {
+            Ok(client) => return Ok(client),
+            Err(e) => e,
+        };
+        if let Some(how) = started.ended() {
+            let why = format!("QEMU does not start here ({how}): {}", record.last_words());
+            return Err(Refusal::new(RefusalCode::TargetLacks, why));
+        }
+        // Not there yet, or closed by a QEMU whose end is not noted yet: look again.
+        if left.is_zero() || !matches!(error, QmpError::Unavailable { .. } | QmpError::Closed) {
+            return Err(error.into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// From a started QEMU to one that reads its migration.
+fn prepare(
+    spec: &ShadowSpec,
+    record: &ShadowRecord,
+    qmp: &Client,
+    warnings: &mut Vec<String>,
+) -> Result<OwnedFd, Refusal> {
+    check_version(spec, qmp.version(), warnings)?;
+    let on = |name: &str| json!({"capability": name, "state": true});
+    // late-block-activate: images that both sides share stay the primary's until `cont`.
+    let capabilities = json!({"capabilities": [on("x-ignore-shared"), on("events"), on("late-block-activate")]});
+    qmp.execute("migrate-set-capabilities", capabilities)?;
+    let (ours, theirs) = UnixStream::pair().map_err(|e| local("a socket pair", e))?;
+    qmp.execute_with_fd("getfd", json!({"fdname": "umbra-incoming"}), theirs.as_fd())?;
+    qmp.execute("migrate-incoming", json!({"uri": "fd:umbra-incoming"}))?;
+    let status = qmp.execute("query-status", serde_json::Value::Null)?;
+    match status.get("status").and_then(|s| s.as_str()) {
+        Some("inmigrate") => Ok(ours.into()),
+        other => {
+            let why = format!("the shadow is {other:?} instead of inmigrate: {}", record.last_words());
+            Err(Refusal::new(RefusalCode::Local, why))
+        }
+    }
+}
+
+fn check_version(spec: &ShadowSpec, here: Version, warnings: &mut Vec<String>) -> Result<(), Refusal> {
+    let (major, minor, micro) = spec.qemu_version;
+    let there = Version { major, minor, micro };
+    if here < Version::OLDEST {
+        let why = format!("the target's QEMU is {here}, {} or newer is needed", Version::OLDEST);
+        return Err(Refusal::new(RefusalCode::QemuTooOld, why));
+    }
+    let same_series = (here.major, here.minor) == (there.major, there.minor);
+    if spec.machine == "microvm" && !same_series {
+        let why = format!("QEMU {there}: microvm has no versions, so both sides need the same one; here is {here}");
+        return Err(Refusal::new(RefusalCode::TargetLacks, why));
+    }
+    if here < there && !same_series {
+        warnings.push(format!(
+            "the target's QEMU {here} is older than the primary's {there}: it may refuse its state"
+        ));
+    }
+    Ok(())
+}
+
+/// Finds a shadow again that outlived its replicator.
+pub fn reopen(record: ShadowRecord, timeout: Duration) -> Result<Shadow, Refusal> {
+    if !record.alive() {
+        let why = format!("the shadow's QEMU is gone: {}", record.last_words());
+        return Err(Refusal::new(RefusalCode::NoSuchVm, why));
+    }
+    let qmp = Client::connect(&record.qmp_path, timeout)?;
+    Ok(Shadow {
+        record,
+        qmp,
+        incoming: None,
+        warnings: Vec::new(),
+    })
+}
+
+/// The records of all shadows that were started under this configuration and not discarded, whether they run or not.
+pub fn records(cfg: &LaunchConfig) -> io::Result<Vec<ShadowRecord>> {
+    let entries = match fs::read_dir(&cfg.run_dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path().join(RECORD);
+        let Ok(text) = fs::read(&path) else { continue };
+        match serde_json::from_slice(&text) {
+            Ok(record) => found.push(record),
+            Err(error) => tracing::warn!(path = %path.display(), %error, "no record of a shadow"),
+        }
+    }
+    Ok(found)
+}
+
+/// Ends a shadow's QEMU and removes all that was made for it. What is gone already is no error; of several errors the
+/// first is told, after everything was tried.
+pub fn discard(record: &ShadowRecord) -> Result<(), Refusal> {
+    let mut first = None;
+    let mut note = |what: &str, result: io::Result<()>| match result {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => first = first.take().or_else(|| Some(local(what, e))),
+        _ => {}
+    };
+    note("the shadow's QEMU", end(record));
+    for name in &record.taps {
+        note(name, tap::remove(name));
+    }
+    for (_, path) in &record.ram {
+        note(&path.display().to_string(), fs::remove_file(path));
+    }
+    if let Some(path) = &record.cgroup {
+        note(
+            &path.display().to_string(),
+            Group::open(path).remove().map_err(io::Error::other),
+        );
+    }
+    // The record goes last: as long as something is left, it says what.
+    if first.is_none() {
+        let mut note = |result: io::Result<()>| match result {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => first = Some(local(&record.dir.display().to_string(), e)),
+            _ => {}
+        };
+        note(fs::remove_dir_all(&record.dir));
+    }
+    first.map_or(Ok(()), Err)
+}
+
+fn end(record: &ShadowRecord) -> io::Result<()> {
+    if let Some(id) = record.process {
+        return process::kill(id, KILL_TIMEOUT);
+    }
+    // The replicator died between the start and the second record: the socket's path identifies the process.
+    let path = record.qmp_path.display().to_string();
+    for found in proc::scan(Scope::All)?
+        .into_iter()
+        .filter(|q| q.args.iter().any(|a| a.contains(&path)))
+    {
+        process::kill(found.id, KILL_TIMEOUT)?;
+    }
+    Ok(())
+}
+
+fn local(what: &str, e: io::Error) -> Refusal {
+    Refusal::new(RefusalCode::Local, format!("{what}: {e}"))
+}
+
+fn make_dir(path: &Path) -> Result<(), Refusal> {
+    // A guest's memory and its consoles are nobody else's business.
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| local(&path.display().to_string(), e))
+}
+
+fn private_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+}
+
+fn make_ram(path: &Path, bytes: u64) -> io::Result<()> {
+    private_file(path)?.set_len(bytes)
+}
