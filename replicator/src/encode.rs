@@ -228,3 +228,166 @@ impl Decoder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use umbra_api::wire::setup::{Block, StreamSetup};
+
+    use super::*;
+
+    const PAGES: u64 = 300;
+
+    fn ram() -> ShadowRam {
+        let block = |name: &str| Block {
+            name: name.into(),
+            bytes: PAGES << 12,
+        };
+        let blocks = vec![block("a"), block("b")];
+        let setup = StreamSetup {
+            version: 3,
+            config: vec![7],
+            ram_section: 2,
+            ram_version: 4,
+            blocks,
+        };
+        ShadowRam::new(&setup, vec![]).unwrap()
+    }
+
+    /// A page that compresses well, not at all, or is zero.
+    fn page(fill: u8) -> Page {
+        if fill < 128 { [fill; PAGE_SIZE] } else { noise(fill.into()) }
+    }
+
+    fn noise(seed: u64) -> Page {
+        let mut x = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        std::array::from_fn(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x as u8
+        })
+    }
+
+    fn encode(level: i32, pages: &[(u16, u64, u8)]) -> (Vec<Vec<u8>>, EncoderStats) {
+        let mut e = Encoder::new(level).unwrap();
+        let mut out = Vec::new();
+        let mut sink = |p: &[u8]| {
+            out.push(p.to_vec());
+            Ok(())
+        };
+        for (block, n, fill) in pages {
+            e.page(*block, *n, Some(&page(*fill)), &mut sink).unwrap();
+        }
+        e.flush(&mut sink).unwrap();
+        e.flush(&mut sink).unwrap();
+        (out, e.stats())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn pages_survive_in_their_order(
+            pages in prop::collection::vec((0u16..2, 0..PAGES, any::<u8>()), 0..600),
+            level in prop_oneof![Just(0), Just(1), Just(3), Just(-5)],
+        ) {
+            let (batches, stats) = encode(level, &pages);
+            let (mut got, mut want) = (ram(), ram());
+            let mut d = Decoder::new().unwrap();
+            let mut sum = Applied::default();
+            for b in &batches {
+                let a = d.apply(b, &mut got).unwrap();
+                sum = Applied { pages: sum.pages + a.pages, zeros: sum.zeros + a.zeros };
+            }
+            prop_assert_eq!((sum.pages, sum.zeros), (stats.pages, stats.zeros));
+            prop_assert_eq!(sum.zeros as usize, pages.iter().filter(|p| p.2 == 0).count());
+            prop_assert_eq!(stats.payload_bytes as usize, batches.iter().map(Vec::len).sum::<usize>());
+            for (block, n, fill) in &pages {
+                want.write_page(*block, *n, &page(*fill)).unwrap();
+            }
+            for (block, n, _) in &pages {
+                let (mut a, mut b) = ([1; PAGE_SIZE], [2; PAGE_SIZE]);
+                got.read_page(*block, *n, &mut a).unwrap();
+                want.read_page(*block, *n, &mut b).unwrap();
+                prop_assert!(a == b);
+            }
+        }
+
+        #[test]
+        fn damaged_batches_are_errors_or_other_pages(
+            pages in prop::collection::vec((0u16..2, 0..PAGES, any::<u8>()), 1..20),
+            hits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let (mut batches, _) = encode(1, &pages);
+            let mut d = Decoder::new().unwrap();
+            for b in &mut batches {
+                for (at, v) in &hits {
+                    let at = at.index(b.len());
+                    b[at] = *v;
+                }
+                let _ = d.apply(b, &mut ram());
+                let _ = d.apply(&b[..cut.index(b.len())], &mut ram());
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_are_seen_wherever_the_one_byte_is() {
+        assert!(is_zero(&[0; PAGE_SIZE]));
+        for at in 0..PAGE_SIZE {
+            let mut p = [0; PAGE_SIZE];
+            p[at] = 1;
+            assert!(!is_zero(&p), "{at}");
+        }
+    }
+
+    #[test]
+    fn compression_is_used_where_it_helps() {
+        let alike: Vec<_> = (0..256).map(|n| (0, n, 3)).collect();
+        let (batches, _) = encode(1, &alike);
+        assert_eq!(batches.len(), 1);
+        assert!(batches[0].len() < 8000, "{}", batches[0].len());
+        let mut e = Encoder::new(1).unwrap();
+        let mut raw = 0;
+        let mut sink = |p: &[u8]| {
+            assert_eq!(p.len(), 12 + 256 * 8 + 256 * 4096);
+            raw += 1;
+            Ok(())
+        };
+        for n in 0..20 * 256 {
+            e.page(0, n % PAGES, Some(&noise(n)), &mut sink).unwrap();
+        }
+        e.flush(&mut sink).unwrap();
+        assert_eq!(raw, 20);
+    }
+
+    #[test]
+    fn a_zstd_frame_that_grows_beyond_its_word_is_refused() {
+        let data = zstd::bulk::compress(&vec![0; 1 << 20], 1).unwrap();
+        let mut payload = Vec::new();
+        encode_head(&mut payload, 0, Encoding::Zstd, &[Entry::data(1)]);
+        payload.extend_from_slice(&data);
+        let mut d = Decoder::new().unwrap();
+        assert!(matches!(d.apply(&payload, &mut ram()), Err(ApplyError::Zstd(_))));
+        let small = zstd::bulk::compress(&[1; 100], 1).unwrap();
+        let mut payload = Vec::new();
+        encode_head(&mut payload, 0, Encoding::Zstd, &[Entry::data(1)]);
+        payload.extend_from_slice(&small);
+        assert!(matches!(
+            d.apply(&payload, &mut ram()),
+            Err(ApplyError::Length { have: 100, want: 4096 })
+        ));
+    }
+
+    #[test]
+    fn pages_beyond_their_block_are_refused() {
+        let (batches, _) = encode(1, &[(0, PAGES, 1)]);
+        let e = Decoder::new().unwrap().apply(&batches[0], &mut ram()).unwrap_err();
+        assert!(matches!(e, ApplyError::Ram(RamError::OutOfBlock { .. })));
+        let (batches, _) = encode(1, &[(7, 0, 0)]);
+        let e = Decoder::new().unwrap().apply(&batches[0], &mut ram()).unwrap_err();
+        assert!(matches!(e, ApplyError::Ram(RamError::UnknownBlock { block: 7, .. })));
+    }
+}

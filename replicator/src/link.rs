@@ -305,3 +305,177 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
     setsockopt(stream, sockopt::TcpUserTimeout, &(USER_TIMEOUT.as_millis() as u32))?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::net::TcpListener;
+
+    use proptest::prelude::*;
+    use umbra_api::Epoch;
+
+    use super::*;
+
+    /// Gives what was written in pieces of these sizes, each 0 a time-out.
+    struct Slow {
+        bytes: VecDeque<u8>,
+        sizes: VecDeque<usize>,
+    }
+
+    impl Read for Slow {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let n = match self.sizes.pop_front() {
+                Some(0) => return Err(io::ErrorKind::WouldBlock.into()),
+                Some(n) => n.min(buf.len()),
+                None => buf.len(),
+            };
+            self.bytes.read(&mut buf[..n])
+        }
+    }
+
+    /// Takes a few bytes a write.
+    struct Narrow {
+        bytes: Vec<u8>,
+        width: usize,
+    }
+
+    impl Write for Narrow {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            let n = buf.len().min(self.width);
+            self.bytes.extend_from_slice(&buf[..n]);
+            Ok(n)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn frames(payloads: &[Vec<u8>], width: usize) -> Vec<u8> {
+        let mut w = FrameWriter::new(
+            Narrow {
+                bytes: Vec::new(),
+                width,
+            },
+            "them",
+        );
+        for p in payloads {
+            w.send(Kind::DeviceState, p).unwrap();
+        }
+        let out = w.inner.bytes;
+        assert_eq!(w.bytes, out.len() as u64);
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn frames_survive_slow_writes_short_reads_and_time_outs(
+            payloads in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..80), 0..6),
+            width in 1usize..100,
+            sizes in prop::collection::vec(0usize..30, 0..60),
+        ) {
+            let bytes: VecDeque<u8> = frames(&payloads, width).into();
+            let total = bytes.len() as u64;
+            let mut r = FrameReader::new(Slow { bytes, sizes: sizes.into() }, "them");
+            let mut got = Vec::new();
+            loop {
+                match r.next() {
+                    Ok((kind, payload)) => {
+                        prop_assert_eq!(kind, Kind::DeviceState);
+                        got.push(payload.to_vec());
+                    }
+                    Err(LinkError::TimedOut { .. }) => {}
+                    Err(LinkError::Closed { .. }) => break,
+                    Err(e) => prop_assert!(false, "{e}"),
+                }
+            }
+            prop_assert_eq!(got, payloads);
+            prop_assert_eq!(r.bytes(), total);
+        }
+
+        #[test]
+        fn a_cut_is_told_from_an_end(payload in prop::collection::vec(any::<u8>(), 1..50), cut in any::<prop::sample::Index>()) {
+            let bytes = frames(&[payload], 1000);
+            let cut = cut.index(bytes.len());
+            let mut r = FrameReader::new(&bytes[..cut], "them");
+            match r.next() {
+                Err(LinkError::Closed { .. }) => prop_assert_eq!(cut, 0),
+                Err(LinkError::Cut { .. }) => prop_assert!(cut > 0),
+                other => prop_assert!(false, "{other:?}"),
+            }
+        }
+
+        #[test]
+        fn noise_is_an_error(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            prop_assert!(FrameReader::new(&bytes[..], "them").next().is_err());
+            prop_assert!(read_preamble(&mut &bytes[..], "them").is_err());
+        }
+    }
+
+    #[test]
+    fn a_frame_that_is_too_long_is_sent_by_nobody() {
+        let mut w = FrameWriter::new(Vec::new(), "them");
+        let e = w.send(Kind::RoundEnd, &[0; 65]).unwrap_err();
+        assert!(matches!(
+            e,
+            LinkError::Wire {
+                source: WireError::TooLong { .. },
+                ..
+            }
+        ));
+        assert!(w.get_ref().is_empty());
+    }
+
+    #[test]
+    fn over_tcp_both_ways() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let server = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let (purpose, mut link) = accept(stream, Duration::from_secs(10)).unwrap();
+            let got = link.reader.next_message().unwrap();
+            link.writer.send_message(&got).unwrap();
+            link.writer.send(Kind::StreamEnd, &[]).unwrap();
+            assert!(matches!(link.reader.next(), Err(LinkError::Closed { .. })));
+            purpose
+        });
+        let mut link = connect(&addr, Purpose::Ram, Duration::from_secs(10)).unwrap();
+        link.set_timeouts(Some(Duration::from_secs(10)), Some(Duration::from_secs(10)))
+            .unwrap();
+        let message = Message::Commit { epoch: Epoch(7) };
+        link.writer.send_message(&message).unwrap();
+        assert_eq!(link.reader.next_message().unwrap(), message);
+        let e = link.reader.next_message().unwrap_err();
+        assert_eq!(
+            e.to_string(),
+            format!("{addr} sent a stream-end frame where a control message was expected")
+        );
+        assert!(link.socket().unwrap().nodelay().unwrap());
+        link.close();
+        link.close();
+        assert_eq!(server.join().unwrap(), Purpose::Ram);
+    }
+
+    #[test]
+    fn a_stranger_and_a_closed_port_are_named() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let mut stranger = TcpStream::connect(addr).unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let e = accept(listener.accept().unwrap().0, Duration::from_secs(10)).unwrap_err();
+        assert!(
+            matches!(
+                e,
+                LinkError::Wire {
+                    source: WireError::NotUs(_),
+                    ..
+                }
+            ),
+            "{e}"
+        );
+        drop(listener);
+        let e = connect(&addr.to_string(), Purpose::Control, Duration::from_secs(10)).unwrap_err();
+        assert!(e.to_string().contains(&addr.to_string()), "{e}");
+        assert!(connect("no port", Purpose::Control, Duration::from_secs(1)).is_err());
+    }
+}

@@ -201,3 +201,192 @@ impl Pacer {
         Action::NotConverging(self.round)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Clock(Instant);
+
+    impl Clock {
+        fn after(&self, ms: u64) -> Instant {
+            self.0 + Duration::from_millis(ms)
+        }
+    }
+
+    fn section(at: u64, pages: u64) -> Section {
+        Section {
+            end: false,
+            pages,
+            zeros: 0,
+            at,
+        }
+    }
+
+    fn pacer() -> (Pacer, Clock) {
+        let c = Clock(Instant::now());
+        (Pacer::new(Settings::default(), c.0), c)
+    }
+
+    /// A pacer whose seed is over, at offset 1000.
+    fn seeded() -> (Pacer, Clock) {
+        let (mut p, c) = pacer();
+        p.synced(3, 900);
+        p.section(section(950, 0), c.after(10));
+        let a = p.section(section(1000, 0), c.after(10));
+        assert!(matches!(
+            a,
+            Action::RoundDone {
+                round: Round {
+                    number: 0,
+                    pages: 0,
+                    ..
+                },
+                ..
+            }
+        ));
+        (p, c)
+    }
+
+    #[test]
+    fn a_small_section_does_not_end_the_seed() {
+        let (mut p, c) = pacer();
+        for at in 1..50 {
+            assert_eq!(p.section(section(at * 100, 0), c.after(at)), Action::KeepReading);
+        }
+        p.synced(2, 5000);
+        assert!(p.is_seeding());
+        p.synced(3, 5000);
+        assert!(!p.is_seeding());
+        assert_eq!(p.section(section(5000, 0), c.after(60)), Action::KeepReading);
+        assert_eq!(p.section(section(5001, 0), c.after(61)), Action::KeepReading);
+        let done = p.section(section(5010, 7), c.after(62));
+        let want = Round {
+            number: 0,
+            pages: 7,
+            sections: 52,
+            bytes: 5010,
+            took: Duration::from_millis(62),
+        };
+        assert_eq!(
+            done,
+            Action::RoundDone {
+                round: want,
+                rest: Duration::from_millis(500)
+            }
+        );
+    }
+
+    #[test]
+    fn the_first_section_behind_the_mark_is_stale_and_a_large_one_ends_nothing() {
+        let (mut p, c) = seeded();
+        p.woke(2000, c.after(500));
+        for (at, pages) in [(1500, 0), (2000, 0), (2001, 0), (3000, 129)] {
+            assert_eq!(p.section(section(at, pages), c.after(501)), Action::KeepReading, "{at}");
+        }
+        let done = p.section(
+            Section {
+                zeros: 8,
+                ..section(3500, 120)
+            },
+            c.after(503),
+        );
+        let want = Round {
+            number: 1,
+            pages: 257,
+            sections: 5,
+            bytes: 2500,
+            took: Duration::from_millis(3),
+        };
+        assert_eq!(
+            done,
+            Action::RoundDone {
+                round: want,
+                rest: Duration::from_millis(500)
+            }
+        );
+        assert_eq!(p.round().number, 2);
+    }
+
+    #[test]
+    fn a_rest_is_never_longer_than_qemu_bears() {
+        let c = Clock(Instant::now());
+        let mut p = Pacer::new(
+            Settings {
+                rest: Duration::from_secs(9),
+                ..Settings::default()
+            },
+            c.0,
+        );
+        p.synced(4, 0);
+        p.section(section(1, 0), c.after(1));
+        let a = p.section(section(2, 0), c.after(1));
+        assert!(matches!(a, Action::RoundDone { rest, .. } if rest == Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn in_a_hurry_nothing_rests() {
+        let (mut p, c) = seeded();
+        p.hurry(c.after(100));
+        p.woke(1000, c.after(100));
+        for at in 1..20 {
+            assert_eq!(p.section(section(1000 + at, 0), c.after(100 + at)), Action::KeepReading);
+        }
+        let last = Section {
+            end: true,
+            ..section(2000, 30)
+        };
+        let Action::RamDone(round) = p.section(last, c.after(120)) else {
+            panic!("no end")
+        };
+        assert_eq!(
+            (round.pages, round.bytes, round.took),
+            (30, 1000, Duration::from_millis(20))
+        );
+    }
+
+    #[test]
+    fn a_round_that_does_not_end_is_told_with_its_figures() {
+        let (mut p, c) = seeded();
+        p.woke(1000, c.after(500));
+        let mut told = 0;
+        for i in 1..=200 {
+            match p.section(section(1000 + i * 100, 1000), c.after(500 + i * 100)) {
+                Action::KeepReading => {}
+                Action::NotConverging(r) => {
+                    told += 1;
+                    assert_eq!((r.pages, r.sections), (i * 1000, i));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(told, 4);
+        assert!(matches!(
+            p.section(section(1 << 20, 1), c.after(20_600)),
+            Action::RoundDone { .. }
+        ));
+    }
+
+    #[test]
+    fn a_seed_is_never_too_long() {
+        let (mut p, c) = pacer();
+        for i in 1..100 {
+            assert_eq!(p.section(section(i, 100_000), c.after(i * 10_000)), Action::KeepReading);
+        }
+    }
+
+    #[test]
+    fn the_end_ends_in_any_phase() {
+        let (mut p, c) = pacer();
+        assert!(matches!(
+            p.section(
+                Section {
+                    end: true,
+                    ..section(9, 1)
+                },
+                c.0
+            ),
+            Action::RamDone(_)
+        ));
+    }
+}

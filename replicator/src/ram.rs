@@ -205,7 +205,6 @@ impl RamFile {
 
 /// A block that has no file, with the time of each page's last change.
 pub struct SmallBlock {
-    pub name: String,
     bytes: Vec<u8>,
     changed: Vec<u64>,
 }
@@ -277,7 +276,6 @@ impl ShadowRam {
                 });
             }
             blocks.push(Place::Small(SmallBlock {
-                name: b.name.clone(),
                 bytes: vec![0; b.bytes as usize],
                 changed: vec![0; b.pages() as usize],
             }));
@@ -341,9 +339,9 @@ impl ShadowRam {
     }
 
     /// The blocks that are no files, with their numbers.
-    pub fn small(&self) -> impl Iterator<Item = &SmallBlock> {
-        self.blocks.iter().filter_map(|p| match p {
-            Place::Small(s) => Some(s),
+    pub fn small(&self) -> impl Iterator<Item = (u16, &SmallBlock)> {
+        (0u16..).zip(&self.blocks).filter_map(|(i, p)| match p {
+            Place::Small(s) => Some((i, s)),
             Place::File(_) => None,
         })
     }
@@ -375,5 +373,141 @@ impl Place {
 impl SmallBlock {
     fn page(&self, page: usize) -> Option<&Page> {
         self.bytes.as_chunks().0.get(page)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use umbra_api::wire::setup::Block;
+
+    use super::*;
+
+    pub(crate) fn setup(blocks: &[(&str, u64)]) -> StreamSetup {
+        let block = |(name, pages): &(&str, u64)| Block {
+            name: (*name).into(),
+            bytes: pages << 12,
+        };
+        let blocks = blocks.iter().map(block).collect();
+        StreamSetup {
+            version: 3,
+            config: b"\x07\0\0\0\x01q".to_vec(),
+            ram_section: 2,
+            ram_version: 4,
+            blocks,
+        }
+    }
+
+    fn file(dir: &tempfile::TempDir, name: &str, pages: u64) -> RamFile {
+        RamFile::open_or_create(&dir.path().join(name), pages << 12).unwrap()
+    }
+
+    fn on_disk(path: &Path) -> u64 {
+        std::fs::metadata(path).unwrap().blocks() * 512
+    }
+
+    #[test]
+    fn zeros_leave_holes() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut f = file(&dir, "ram", 16);
+        let path = f.path().to_owned();
+        assert!(f.zero(3) && f.zero(15));
+        assert_eq!((on_disk(&path), f.present_bytes()), (0, 0));
+        assert!(f.write(3, &[7; PAGE_SIZE]) && f.write(4, &[8; PAGE_SIZE]));
+        assert_eq!((on_disk(&path), f.present_bytes()), (8192, 8192));
+        let mut page = [0; PAGE_SIZE];
+        f.file.read_exact_at(&mut page, 4 << 12).unwrap();
+        assert_eq!(page, [8; PAGE_SIZE]);
+        assert!(f.zero(3));
+        assert_eq!((on_disk(&path), f.present_bytes()), (4096, 4096));
+        for (n, want) in [(2, 0), (3, 0), (4, 8)] {
+            assert!(f.read(n, &mut page));
+            assert_eq!(page, [want; PAGE_SIZE]);
+        }
+        assert_eq!(on_disk(&path), 4096);
+        for n in [16, u64::MAX, u64::MAX >> 12] {
+            assert!(!f.write(n, &page) && !f.zero(n) && !f.read(n, &mut page));
+        }
+    }
+
+    #[test]
+    fn an_existing_file_is_known_again() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        assert!(file(&dir, "ram", 200).write(130, &[9; PAGE_SIZE]));
+        let mut f = file(&dir, "ram", 200);
+        assert_eq!(f.present_bytes(), 4096);
+        let mut page = [0; PAGE_SIZE];
+        assert!(f.zero(130) && f.read(130, &mut page));
+        assert_eq!((page, on_disk(f.path())), ([0; PAGE_SIZE], 0));
+        let other = RamFile::open_or_create(f.path(), 201 << 12);
+        assert!(matches!(
+            other,
+            Err(RamError::FileSize {
+                have: 0xc8000,
+                want: 0xc9000,
+                ..
+            })
+        ));
+        assert!(matches!(
+            RamFile::open_or_create(&dir.path().join("odd"), 4097),
+            Err(RamError::FileSize { .. })
+        ));
+        assert!(matches!(
+            RamFile::open_or_create(&dir.path().join("no/where"), 4096),
+            Err(RamError::Io { .. })
+        ));
+    }
+
+    #[test]
+    fn blocks_go_where_they_belong() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let s = setup(&[("pc.bios", 4), ("pc.ram", 16), ("empty", 0)]);
+        let mut ram = ShadowRam::new(&s, vec![("pc.ram".into(), file(&dir, "ram", 16))]).unwrap();
+        let before = ram.mark();
+        ram.write_page(0, 1, &[1; PAGE_SIZE]).unwrap();
+        ram.write_page(1, 9, &[2; PAGE_SIZE]).unwrap();
+        let changed = |ram: &ShadowRam, mark| -> Vec<(u16, u64)> {
+            ram.small()
+                .flat_map(|(n, b)| b.changed_after(mark).map(move |(p, _)| (n, p)))
+                .collect()
+        };
+        assert_eq!(changed(&ram, Mark::default()).len(), 4);
+        assert_eq!(changed(&ram, before), [(0, 1)]);
+        let mark = ram.mark();
+        ram.write_page(0, 1, &[1; PAGE_SIZE]).unwrap();
+        ram.zero_page(0, 2).unwrap();
+        assert_eq!(changed(&ram, mark), []);
+        ram.zero_page(0, 1).unwrap();
+        assert_eq!(changed(&ram, mark), [(0, 1)]);
+        let mut page = [0; PAGE_SIZE];
+        ram.read_page(1, 9, &mut page).unwrap();
+        assert_eq!(page, [2; PAGE_SIZE]);
+        let e = ram.write_page(3, 0, &page).unwrap_err();
+        assert!(matches!(e, RamError::UnknownBlock { block: 3, blocks: 3 }));
+        for (block, past) in [(0, 4), (1, 16), (2, 0), (0, u64::MAX)] {
+            assert!(matches!(ram.zero_page(block, past), Err(RamError::OutOfBlock { .. })));
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let s = setup(&[("pc.ram", 16)]);
+        let files = |name: &str, pages| vec![(name.to_owned(), file(&dir, &format!("{name}{pages}"), pages))];
+        assert!(matches!(
+            ShadowRam::new(&s, files("pc.ram", 15)),
+            Err(RamError::BlockSize { .. })
+        ));
+        let two = [files("pc.ram", 16), files("other", 16)]
+            .into_iter()
+            .flatten()
+            .collect();
+        assert!(matches!(ShadowRam::new(&s, two), Err(RamError::NoSuchBlock(_))));
+        let large = setup(&[("a", 1 << 40), ("b", 1 << 40)]);
+        assert!(matches!(
+            ShadowRam::new(&large, vec![]),
+            Err(RamError::TooMuchSmall { .. })
+        ));
     }
 }

@@ -11,14 +11,13 @@ use umbra_api::wire::setup::StreamSetup;
 
 use crate::encode::is_zero;
 use crate::ram::{Mark, ShadowRam};
-use crate::stream::items::{MAGIC, PAGE_BITS, flag, section};
+use crate::stream::compose::Composer;
 use crate::stream::{StreamError, config};
 
 #[derive(Debug)]
 pub struct Synth {
-    /// Everything up to the end of the RAM section's START.
-    head: Vec<u8>,
-    section_id: [u8; 4],
+    setup: StreamSetup,
+    config: Vec<u8>,
     sent: Mark,
 }
 
@@ -26,82 +25,121 @@ impl Synth {
     /// Fails if the setup's configuration section is no such section.
     pub fn new(setup: &StreamSetup) -> Result<Self, StreamError> {
         setup.check()?;
-        let section_id = setup.ram_section.to_be_bytes();
-        let mut head = Vec::new();
-        head.extend_from_slice(&MAGIC);
-        head.extend_from_slice(&setup.version.to_be_bytes());
-        head.extend_from_slice(&config::with_ignore_shared(&setup.config)?);
-        head.push(section::START);
-        head.extend_from_slice(&section_id);
-        head.extend_from_slice(b"\x03ram");
-        // Instance 0 of it.
-        head.extend_from_slice(&0u32.to_be_bytes());
-        head.extend_from_slice(&setup.ram_version.to_be_bytes());
-        head.extend_from_slice(&(setup.ram_bytes() | flag::MEM_SIZE).to_be_bytes());
-        for b in &setup.blocks {
-            put_name(&mut head, &b.name);
-            head.extend_from_slice(&b.bytes.to_be_bytes());
-            // The block's guest address: QEMU compares it only with what such a block has itself, which is 0.
-            head.extend_from_slice(&0u64.to_be_bytes());
-        }
-        let mut out = Self {
-            head,
-            section_id,
+        let config = config::with_ignore_shared(&setup.config)?;
+        Ok(Self {
+            setup: setup.clone(),
+            config,
             sent: Mark::default(),
-        };
-        let mut head = std::mem::take(&mut out.head);
-        out.put_end(&mut head);
-        out.head = head;
-        Ok(out)
+        })
     }
 
     /// The first part, with all pages of the small blocks as they are now.
     pub fn preamble(&mut self, ram: &ShadowRam) -> Vec<u8> {
-        let mut out = self.head.clone();
-        self.sent = Mark::default();
-        self.put_section(&mut out, section::PART, ram);
-        out
+        let mut out = Composer::new(&self.setup);
+        out.header(&self.config).ram_start(true).part();
+        put_small(&mut out, ram, Mark::default());
+        self.sent = ram.mark();
+        out.into_bytes()
     }
 
     /// The end of RAM, with the small pages that changed since the preamble. The device state follows it.
     pub fn finish(&mut self, ram: &ShadowRam) -> Vec<u8> {
-        let mut out = Vec::new();
-        self.put_section(&mut out, section::END, ram);
-        out
-    }
-
-    fn put_section(&mut self, out: &mut Vec<u8>, kind: u8, ram: &ShadowRam) {
-        out.push(kind);
-        out.extend_from_slice(&self.section_id);
-        for block in ram.small() {
-            let mut same_block = 0;
-            for (page, data) in block.changed_after(self.sent) {
-                let zero = is_zero(data);
-                let kind = if zero { flag::ZERO } else { flag::PAGE };
-                out.extend_from_slice(&(page << PAGE_BITS | kind | same_block).to_be_bytes());
-                if same_block == 0 {
-                    put_name(out, &block.name);
-                    same_block = flag::CONTINUE;
-                }
-                match zero {
-                    true => out.push(0),
-                    false => out.extend_from_slice(data),
-                }
-            }
-        }
-        self.put_end(out);
+        let mut out = Composer::new(&self.setup);
+        out.end();
+        put_small(&mut out, ram, self.sent);
         self.sent = ram.mark();
-    }
-
-    fn put_end(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&flag::EOS.to_be_bytes());
-        out.push(section::FOOTER);
-        out.extend_from_slice(&self.section_id);
+        out.into_bytes()
     }
 }
 
-fn put_name(out: &mut Vec<u8>, name: &str) {
-    // `StreamSetup::check` bounds names to 255 bytes.
-    out.push(name.len() as u8);
-    out.extend_from_slice(name.as_bytes());
+fn put_small(out: &mut Composer<'_>, ram: &ShadowRam, since: Mark) {
+    for (number, block) in ram.small() {
+        for (page, data) in block.changed_after(since) {
+            out.page(number, page, Some(data).filter(|d| !is_zero(d)));
+        }
+    }
+    out.end_section();
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_api::wire::setup::Block;
+
+    use super::*;
+    use crate::ram::RamFile;
+
+    fn setup() -> StreamSetup {
+        let block = |name: &str, pages: u64| Block {
+            name: name.into(),
+            bytes: pages << 12,
+        };
+        let blocks = vec![block("pc.ram", 16), block("pc.bios", 3), block("pc.rom", 2)];
+        let config = b"\x07\0\0\0\x03q35".to_vec();
+        StreamSetup {
+            version: 3,
+            config,
+            ram_section: 0x0102_0304,
+            ram_version: 4,
+            blocks,
+        }
+    }
+
+    #[test]
+    fn layout() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let file = RamFile::open_or_create(&dir.path().join("ram"), 16 << 12).unwrap();
+        let mut ram = ShadowRam::new(&setup(), vec![("pc.ram".into(), file)]).unwrap();
+        ram.write_page(0, 5, &[5; 4096]).unwrap();
+        ram.write_page(1, 1, &[6; 4096]).unwrap();
+        let mut synth = Synth::new(&setup()).unwrap();
+        let id = [1, 2, 3, 4];
+        let head = [
+            &b"QEVM\0\0\0\x03\x07\0\0\0\x03q35"[..],
+            b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared",
+            &[&[1][..], &id].concat(),
+            b"\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\x01\x50\x04",
+            b"\x06pc.ram\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0",
+            b"\x07pc.bios\0\0\0\0\0\0\x30\0\0\0\0\0\0\0\0\0",
+            b"\x06pc.rom\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\0\0",
+            &[b"\0\0\0\0\0\0\0\x10\x7e", &id[..]].concat(),
+        ]
+        .concat();
+        let part = [
+            &[&[2][..], &id].concat(),
+            &b"\0\0\0\0\0\0\0\x02\x07pc.bios\0"[..],
+            b"\0\0\0\0\0\0\x10\x28",
+            &[6; 4096],
+            b"\0\0\0\0\0\0\x20\x22\0",
+            b"\0\0\0\0\0\0\0\x02\x06pc.rom\0",
+            b"\0\0\0\0\0\0\x10\x22\0",
+            &[b"\0\0\0\0\0\0\0\x10\x7e", &id[..]].concat(),
+        ]
+        .concat();
+        assert_eq!(
+            synth.preamble(&ram).escape_ascii().to_string(),
+            [head, part].concat().escape_ascii().to_string()
+        );
+        ram.write_page(2, 1, &[7; 4096]).unwrap();
+        ram.write_page(1, 1, &[6; 4096]).unwrap();
+        ram.write_page(0, 9, &[9; 4096]).unwrap();
+        let end = [
+            &[3][..],
+            &id,
+            b"\0\0\0\0\0\0\x10\x08\x06pc.rom",
+            &[7; 4096],
+            b"\0\0\0\0\0\0\0\x10\x7e",
+            &id,
+        ]
+        .concat();
+        assert_eq!(synth.finish(&ram), end);
+    }
+
+    #[test]
+    fn a_setup_without_configuration_is_refused() {
+        let bad = StreamSetup {
+            config: b"\x08".to_vec(),
+            ..setup()
+        };
+        assert_eq!(Synth::new(&bad).unwrap_err(), StreamError::NoConfig(8));
+    }
 }

@@ -7,14 +7,17 @@
 //! The stream comes from a process that runs a guest which may be hostile: every length is bounded before it is believed,
 //! what this parser does not know is an error with its name, and nothing it holds grows with the stream.
 //!
-//! [`parse`] is the parser, [`config`] reads and extends the configuration section, [`device`] finds the end of the
+//! [`parse`] is the parser, [`compose`] its opposite, [`config`] reads and extends the configuration section, [`device`] finds the end of the
 //! device state, [`items`] are the stream's fixed numbers, [`return_path`] is what the source of a migration is told.
 
+pub mod compose;
 pub mod config;
 pub mod device;
 pub mod items;
 pub mod parse;
 pub mod return_path;
+#[cfg(test)]
+mod tests;
 
 use umbra_api::wire::WireError;
 use umbra_api::wire::setup::StreamSetup;

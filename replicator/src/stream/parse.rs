@@ -110,6 +110,11 @@ impl Parser {
         self.position
     }
 
+    /// Bytes that are kept because the rest of their item is missing.
+    pub fn held_bytes(&self) -> usize {
+        self.carry.len()
+    }
+
     /// The device state was there to its end.
     pub fn is_complete(&self) -> bool {
         self.state == State::Complete
