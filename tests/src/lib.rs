@@ -1,1 +1,7 @@
+//! Whole-system tests and the demo: real QEMU, real networks, real daemons, all on one machine.
+//!
+//! [`lab`] makes several 'hosts' out of network namespaces and cpusets and removes them again whatever happens; [`demo`] is
+//! `cargo xtask demo`; the tests are in `tests/`.
 
+pub mod demo;
+pub mod lab;

@@ -1,0 +1,68 @@
+//! The load: a neighbour that swells so steadily that a forecaster can see it coming.
+
+/// Seconds since the start, and the share of one vCPU.
+pub type Point = (f64, f64);
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct Plan {
+    /// What the neighbour burns.
+    pub neighbour: Vec<Point>,
+    /// Requests to the web VM a second.
+    pub per_second: u32,
+    /// CPU time of one request.
+    pub work_us: u32,
+    /// Pages that the web VM dirties a second.
+    pub dirty: u32,
+    /// What both runs are compared over.
+    pub window_s: f64,
+    /// The run with Umbra ends by then, home again or not.
+    pub patience_s: f64,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            neighbour: vec![(0.0, 0.08), (20.0, 0.08), (60.0, 0.95), (85.0, 0.95), (93.0, 0.08)],
+            per_second: 20,
+            work_us: 11_000,
+            dirty: 300,
+            window_s: 100.0,
+            patience_s: 170.0,
+        }
+    }
+}
+
+impl Plan {
+    /// As the guest's `POST /burn` takes it.
+    pub fn burn(&self) -> String {
+        self.neighbour
+            .iter()
+            .map(|(t, share)| format!("{t}:{share}"))
+            .collect::<Vec<_>>()
+            .join(",")
+    }
+
+    pub fn words(&self) -> String {
+        let points = self
+            .neighbour
+            .iter()
+            .map(|(t, share)| format!("{:.0} % at {t:.0} s", share * 100.0));
+        points.collect::<Vec<_>>().join(", ")
+    }
+
+    /// How the RPS is to decide. The defaults are made for days, this day has three minutes.
+    pub fn policy(&self) -> String {
+        "\n[policy]\n\
+         provision_slots = 2\n\
+         copy_margin_s = 3.0\n\
+         mem_reserve_bytes = 134217728\n\
+         arm_s = 15.0\n\
+         switch_lead_s = 3.0\n\
+         min_standby_s = 60.0\n\
+         calm_slots = 5\n\
+         min_stay_s = 10.0\n\
+         cooldown_s = 5.0\n\
+         vms = [{ vm = \"neighbour\", protect = false }]\n"
+            .into()
+    }
+}

@@ -1,0 +1,307 @@
+//! All QEMUs of one VM, on whichever hosts: which of them ran when, and how long the one that ran waited for a CPU.
+//!
+//! A thread looks each 100 ms. It speaks to each QEMU by the second `-qmp` socket of its command line, which a shadow has
+//! too, as its command line is derived from the primary's.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use umbra_api::VmId;
+
+use super::host::Host;
+use super::qmp::Qmp;
+use super::sched::Reader;
+use super::{sys, vm};
+
+const LOOK: Duration = Duration::from_millis(100);
+
+/// One look at one copy.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Look {
+    pub at: Instant,
+    pub pid: i32,
+    /// It was `running` then.
+    pub running: bool,
+    /// Since the last look at this copy.
+    pub run_ns: u64,
+    pub wait_ns: u64,
+}
+
+/// STOP or RESUME of one copy.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Turn {
+    pub pid: i32,
+    pub host: String,
+    pub event: String,
+    pub at_us: i64,
+}
+
+#[derive(Default)]
+struct Book {
+    looks: Vec<Look>,
+    turns: Vec<Turn>,
+    /// More than one copy was running in the same look.
+    doubles: Vec<String>,
+}
+
+pub struct Copies {
+    stop: Arc<AtomicBool>,
+    book: Arc<Mutex<Book>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Copies {
+    pub fn watch(hosts: &[Host], id: VmId) -> Result<Self> {
+        let (stop, book) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Book::default())));
+        let mut watcher = Watcher {
+            hosts: hosts.to_vec(),
+            id,
+            known: BTreeMap::new(),
+            book: book.clone(),
+        };
+        let until = stop.clone();
+        let thread = std::thread::Builder::new().name("copies".into()).spawn(move || {
+            let mut next = Instant::now();
+            while !until.load(Ordering::Relaxed) {
+                watcher.look();
+                next = (next + LOOK).max(Instant::now());
+                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+        })?;
+        Ok(Self {
+            stop,
+            book,
+            thread: Some(thread),
+        })
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    pub fn looks(&self) -> Vec<Look> {
+        self.book().looks.clone()
+    }
+
+    /// Moments at which two copies ran: there must be none.
+    pub fn doubles(&self) -> Vec<String> {
+        self.book().doubles.clone()
+    }
+
+    /// All STOPs and RESUMEs so far, in the order of their times.
+    pub fn turns(&self) -> Vec<Turn> {
+        let mut turns = self.book().turns.clone();
+        turns.sort_by_key(|t| t.at_us);
+        turns
+    }
+
+    /// Milliseconds that the running copy waited in each second from `start`, which the machine's `seconds` follow.
+    pub fn waits_ms(&self, start: Instant, seconds: usize) -> Vec<f64> {
+        waits_ms(&self.looks(), start, seconds)
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(t) = self.thread.take() {
+            let _ = t.join();
+        }
+    }
+}
+
+/// From each STOP to the RESUME of *another* copy that follows it: a switchover, in milliseconds by the QEMUs' own clock.
+pub fn switchovers_ms(turns: &[Turn]) -> Vec<f64> {
+    let mut found = Vec::new();
+    for (i, stop) in turns.iter().enumerate().filter(|(_, t)| t.event == "STOP") {
+        let next = turns.iter().skip(i + 1).find(|t| t.event == "RESUME");
+        if let Some(resume) = next.filter(|r| r.pid != stop.pid) {
+            found.push((resume.at_us - stop.at_us) as f64 / 1e3);
+        }
+    }
+    found
+}
+
+fn waits_ms(looks: &[Look], start: Instant, seconds: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; seconds];
+    for look in looks.iter().filter(|l| l.running) {
+        let Some(second) = look.at.checked_duration_since(start).map(|d| d.as_secs() as usize) else {
+            continue;
+        };
+        if let Some(sum) = sums.get_mut(second) {
+            *sum += look.wait_ns as f64 / 1e6;
+        }
+    }
+    sums
+}
+
+struct Copy {
+    start: Option<u64>,
+    host: String,
+    path: Option<PathBuf>,
+    qmp: Option<Qmp>,
+    reader: Reader,
+    last: super::sched::Ran,
+    events: usize,
+}
+
+struct Watcher {
+    hosts: Vec<Host>,
+    id: VmId,
+    known: BTreeMap<i32, Copy>,
+    book: Arc<Mutex<Book>>,
+}
+
+impl Watcher {
+    fn look(&mut self) {
+        self.discover();
+        let now = Instant::now();
+        let mut running = Vec::new();
+        let mut gone = Vec::new();
+        for (pid, copy) in &mut self.known {
+            if sys::start_time(*pid) != copy.start {
+                gone.push(*pid);
+                continue;
+            }
+            let runs = copy.status().is_some_and(|s| s == "running");
+            if runs {
+                running.push(*pid);
+            }
+            let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
+            copy.take_turns(*pid, &mut book.turns);
+            if let Ok(sum) = copy.reader.read(*pid) {
+                let (run_ns, wait_ns) = (sum.run_ns - copy.last.run_ns, sum.wait_ns - copy.last.wait_ns);
+                copy.last = sum;
+                book.looks.push(Look {
+                    at: now,
+                    pid: *pid,
+                    running: runs,
+                    run_ns,
+                    wait_ns,
+                });
+            }
+        }
+        // A switchover may fall between two questions: only who still runs when asked again counts.
+        if running.len() > 1 {
+            running.retain(|pid| {
+                self.known
+                    .get_mut(pid)
+                    .and_then(|c| c.status())
+                    .is_some_and(|s| s == "running")
+            });
+        }
+        let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
+        if running.len() > 1 {
+            book.doubles
+                .push(format!("processes {running:?} were running at the same time"));
+        }
+        for pid in gone {
+            if let Some(mut copy) = self.known.remove(&pid) {
+                copy.take_turns(pid, &mut book.turns);
+            }
+        }
+    }
+
+    fn discover(&mut self) {
+        for host in &self.hosts {
+            for pid in vm::qemus(host, self.id) {
+                self.known.entry(pid).or_insert_with(|| {
+                    let socket = vm::option(&sys::cmdline(pid), "-qmp", 1);
+                    Copy {
+                        start: sys::start_time(pid),
+                        host: host.name.clone(),
+                        path: socket.and_then(|s| Some(PathBuf::from(s.strip_prefix("unix:")?.split(',').next()?))),
+                        qmp: None,
+                        reader: Reader::default(),
+                        last: super::sched::Ran::default(),
+                        events: 0,
+                    }
+                });
+            }
+        }
+    }
+}
+
+impl Copy {
+    fn status(&mut self) -> Option<String> {
+        if self.qmp.is_none() {
+            self.qmp = Qmp::connect(self.path.as_deref()?, Duration::from_millis(300)).ok();
+        }
+        self.qmp.as_ref()?.status().ok()
+    }
+
+    fn take_turns(&mut self, pid: i32, turns: &mut Vec<Turn>) {
+        let Some(qmp) = &self.qmp else { return };
+        let events = qmp.events();
+        for e in events
+            .iter()
+            .skip(self.events)
+            .filter(|e| e.name == "STOP" || e.name == "RESUME")
+        {
+            turns.push(Turn {
+                pid,
+                host: self.host.clone(),
+                event: e.name.clone(),
+                at_us: e.at_us,
+            });
+        }
+        self.events = events.len();
+    }
+}
+
+/// The wall clock in microseconds, as QEMU stamps its events.
+pub fn wall_us() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_micros() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn turn(pid: i32, event: &str, at_us: i64) -> Turn {
+        Turn {
+            pid,
+            host: "a".into(),
+            event: event.into(),
+            at_us,
+        }
+    }
+
+    #[test]
+    fn a_switchover_is_stop_here_and_resume_there() {
+        let turns = [
+            turn(1, "STOP", 1_000),
+            turn(1, "RESUME", 3_000),
+            turn(1, "STOP", 10_000),
+            turn(2, "RESUME", 18_500),
+        ];
+        assert_eq!(switchovers_ms(&turns), vec![8.5]);
+    }
+
+    #[test]
+    fn only_the_running_copy_counts() {
+        let t = Instant::now();
+        let look = |ms: u64, running, wait_ms: u64| Look {
+            at: t + Duration::from_millis(ms),
+            pid: 1,
+            running,
+            run_ns: 0,
+            wait_ns: wait_ms * 1_000_000,
+        };
+        let looks = [
+            look(100, true, 30),
+            look(900, true, 30),
+            look(950, false, 500),
+            look(1000, true, 5),
+            look(9000, true, 5),
+        ];
+        assert_eq!(waits_ms(&looks, t, 2), vec![60.0, 5.0]);
+    }
+}

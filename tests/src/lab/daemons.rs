@@ -1,0 +1,195 @@
+//! Umbra's own daemons: where their binaries are, their configurations, and starting them on a host.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use umbra_api::VmId;
+use umbra_api::order::{Order, OrderKind};
+use umbra_api::problem::Problem;
+use umbra_api::replica::{Phase, ReplicaStatus};
+use umbra_api::{Epoch, OrderId};
+
+use super::host::Host;
+use super::process::{Process, wait_for};
+
+pub const RPS: u16 = 7400;
+pub const AGENT: u16 = 7401;
+pub const LINK: u16 = 7402;
+pub const REPLICATOR: u16 = 7403;
+/// From start to the first answer.
+const UP: Duration = Duration::from_secs(20);
+
+/// Cargo's target folder: where this very program was built.
+pub fn target_dir() -> Result<PathBuf> {
+    let exe = std::env::current_exe().context("finding this program's own path")?;
+    let profile = exe
+        .ancestors()
+        .find(|p| p.file_name().is_some_and(|n| n == "debug" || n == "release"));
+    profile
+        .and_then(Path::parent)
+        .map(Path::to_owned)
+        .with_context(|| format!("{} is not in a cargo target folder", exe.display()))
+}
+
+/// The release binaries.
+#[derive(Clone)]
+pub struct Binaries {
+    dir: PathBuf,
+}
+
+impl Binaries {
+    pub fn find() -> Result<Self> {
+        let dir = target_dir()?.join("release");
+        for name in ["umbra-agent", "umbra-replicator", "umbra-rps", "umbra"] {
+            if !dir.join(name).is_file() {
+                bail!("{} is missing: cargo xtask build", dir.join(name).display());
+            }
+        }
+        Ok(Self { dir })
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Writes the configuration and starts the daemon with it.
+    fn start(&self, host: &Host, name: &str, config: &str) -> Result<Process> {
+        let file = host.file(&format!("{name}.toml"));
+        std::fs::write(&file, config).with_context(|| format!("writing {}", file.display()))?;
+        let mut cmd = Command::new(self.path(name));
+        cmd.arg("--config")
+            .arg(&file)
+            .env("RUST_LOG", std::env::var("UMBRA_LOG").unwrap_or_else(|_| "info".into()));
+        host.spawn(name, cmd)
+    }
+
+    pub fn start_agent(&self, host: &Host, rps: &Host) -> Result<Process> {
+        let mut agent = self.start(host, "umbra-agent", &agent_toml(host, rps))?;
+        wait_healthy(host, AGENT, &mut agent)?;
+        Ok(agent)
+    }
+
+    pub fn start_replicator(&self, host: &Host) -> Result<Process> {
+        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host)?)?;
+        wait_healthy(host, REPLICATOR, &mut replicator)?;
+        Ok(replicator)
+    }
+
+    /// `policy` goes into the configuration as it is, with the `[policy]` table's head.
+    pub fn start_rps(&self, host: &Host, hosts: &[Host], policy: &str) -> Result<Process> {
+        let mut rps = self.start(host, "umbra-rps", &rps_toml(host, hosts, policy)?)?;
+        wait_healthy(host, RPS, &mut rps)?;
+        Ok(rps)
+    }
+}
+
+fn wait_healthy(host: &Host, port: u16, process: &mut Process) -> Result<()> {
+    let name = process.name.clone();
+    wait_for(&format!("{name} to answer on port {port}"), UP, || {
+        process.check()?;
+        let healthy = host.get((host.ip, port), "/healthz").is_ok_and(|r| r.status == 200);
+        Ok(healthy.then_some(()))
+    })
+}
+
+fn agent_toml(host: &Host, rps: &Host) -> String {
+    let cpus = host.cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    format!(
+        "host = \"{}\"\nlisten = \"{}:{AGENT}\"\nrps = \"http://{}:{RPS}\"\ncpus = \"{cpus}\"\nscope = \"netns\"\n\
+         interval_ms = 1000\n",
+        host.name, host.ip, rps.ip
+    )
+}
+
+fn replicator_toml(host: &Host) -> Result<String> {
+    Ok(format!(
+        "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\
+         ram_dir = \"{}\"\nscope = \"netns\"\n",
+        host.name,
+        host.folder("state")?.display(),
+        host.folder("run")?.display(),
+        host.ram_folder()?.display(),
+        ip = host.ip,
+    ))
+}
+
+fn rps_toml(host: &Host, hosts: &[Host], policy: &str) -> Result<String> {
+    let mut text = format!(
+        "listen = \"{}:{RPS}\"\nstore = \"{}\"\nmode = \"act\"\nslot_ms = 1000\n",
+        host.ip,
+        host.folder("state")?.join("rps.db").display(),
+    );
+    text += policy;
+    for h in hosts {
+        text += &format!(
+            "\n[[hosts]]\nname = \"{}\"\nreplicator = \"http://{ip}:{REPLICATOR}\"\nlink = \"{ip}:{LINK}\"\n",
+            h.name,
+            ip = h.ip
+        );
+    }
+    Ok(text)
+}
+
+/// A replicator, spoken to as the RPS does.
+#[derive(Clone)]
+pub struct Replicator<'a> {
+    pub host: &'a Host,
+}
+
+impl Replicator<'_> {
+    fn at(&self) -> (Ipv4Addr, u16) {
+        (self.host.ip, REPLICATOR)
+    }
+
+    /// The address of its link.
+    pub fn link(&self) -> String {
+        format!("{}:{LINK}", self.host.ip)
+    }
+
+    /// Sends an order; the inner error is the replicator's refusal.
+    pub fn order(&self, vm: VmId, epoch: Epoch, kind: OrderKind) -> Result<Result<(), Problem>> {
+        let order = Order {
+            id: OrderId(uuid::Uuid::new_v4()),
+            vm,
+            epoch,
+            kind,
+        };
+        self.send(&order)
+    }
+
+    pub fn send(&self, order: &Order) -> Result<Result<(), Problem>> {
+        let reply = self
+            .host
+            .post(self.at(), "/v1/orders", &serde_json::to_string(order)?)?;
+        match reply.status {
+            200..300 => Ok(Ok(())),
+            400..600 => Ok(Err(reply.json()?)),
+            other => bail!("an order was answered with HTTP {other}: {}", reply.text()),
+        }
+    }
+
+    pub fn replicas(&self) -> Result<Vec<ReplicaStatus>> {
+        self.host.get(self.at(), "/v1/replicas")?.ok()?.json()
+    }
+
+    pub fn replica(&self, vm: VmId) -> Result<Option<ReplicaStatus>> {
+        Ok(self.replicas()?.into_iter().find(|r| r.vm == vm))
+    }
+
+    /// Waits for a phase. Ends early, with the replicator's own reason, if the replica failed or was released instead.
+    pub fn wait_phase(&self, vm: VmId, phase: Phase, within: Duration) -> Result<ReplicaStatus> {
+        let what = format!("{phase:?} on {}", self.host.name);
+        wait_for(&what, within, || {
+            let Some(r) = self.replica(vm)? else { return Ok(None) };
+            let ended = matches!(r.phase, Phase::Failed | Phase::Released) && r.phase != phase;
+            match &r.error {
+                _ if r.phase == phase => Ok(Some(r)),
+                Some(e) if ended => bail!("it is {:?} instead: {e}", r.phase),
+                _ => Ok(None),
+            }
+        })
+    }
+}
