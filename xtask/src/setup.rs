@@ -277,7 +277,7 @@ fn look_guest(context: &Context) -> Result<Look> {
     Ok(if guest::looks_current(&context.root) {
         Look::There("target/guest/vmlinuz and initrd.img".into())
     } else {
-        Look::Missing("builds target/guest/vmlinuz and initrd.img".into())
+        Look::Missing("target/guest/vmlinuz and initrd.img, made anew if their sources changed".into())
     })
 }
 

@@ -44,8 +44,12 @@ pub struct Reader {
     /// Inside the outputs of passed tests, and of which test.
     passed_test: Option<String>,
     in_successes: bool,
-    /// Of the test program that is being read, for which no result line came yet.
+    /// Of the test program that is being read, for which no result line came yet: tests whose line ended in FAILED, and
+    /// those in the list at the end. The list is better (a line can be torn by what a test writes past libtest), but a
+    /// program that crashes prints none.
     failed_here: Vec<String>,
+    listed_here: Vec<String>,
+    in_list: bool,
     skipped_here: Vec<(String, String)>,
 }
 
@@ -59,6 +63,7 @@ impl Reader {
         }
         if line == "failures:" {
             self.in_successes = false;
+            self.in_list = true;
             return true;
         }
         if let Some(result) = line.strip_prefix("test result: ") {
@@ -89,6 +94,10 @@ impl Reader {
     }
 
     fn test_line(&mut self, line: &str) -> bool {
+        match line.strip_prefix("    ").filter(|_| self.in_list) {
+            Some(name) => self.listed_here.push(name.to_string()),
+            None => self.in_list = false,
+        }
         if let Some(name) = line.strip_prefix("test ").and_then(|l| l.strip_suffix(" ... FAILED")) {
             self.failed_here.push(name.to_string());
         }
@@ -111,7 +120,10 @@ impl Reader {
         let (passed, failed, ignored) = (count("passed"), count("failed"), count("ignored"));
         let printed = self.skipped_here.len() as u64 - ignored.min(self.skipped_here.len() as u64);
         self.tally.passed += passed.saturating_sub(printed);
-        // The counts of the result line win over the names that were understood.
+        if !self.listed_here.is_empty() {
+            self.failed_here = std::mem::take(&mut self.listed_here);
+        }
+        // The count of the result line wins over the names that were understood.
         while (self.failed_here.len() as u64) < failed {
             self.failed_here.push("a test whose line was not understood".into());
         }
@@ -212,5 +224,12 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         assert_eq!(tally.failed.len(), 1);
         let (tally, _) = read("running 1 test\ntest a ... FAILED\n", false);
         assert_eq!(tally.failed, ["a"]);
+    }
+
+    #[test]
+    fn the_list_names_a_test_whose_line_was_torn() {
+        let text = "running 1 test\ntest a::b ... noise\nFAILED\n\nfailures:\n\n---- a::b stdout ----\n    indented\n\n\
+                    failures:\n    a::b\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured\n";
+        assert_eq!(read(text, false).0.failed, ["a::b"]);
     }
 }
