@@ -124,7 +124,7 @@ impl Default for Announce {
 }
 
 /// Why a replicator refused an order, or could not go on. The code is stable; `detail` carries the peer's own words.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("{code}: {detail}")]
 pub struct Refusal {
     pub code: RefusalCode,

@@ -1,14 +1,39 @@
 //! One daemon a host: the source of the VMs that run here, the target of shadows that wait here.
+//!
+//! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
+//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`]), what must not be forgotten
+//! ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
 
 pub mod adopt;
+pub mod config;
 pub mod encode;
+pub mod engine;
+pub mod http;
+pub mod journal;
 pub mod launch;
 pub mod link;
+pub mod metrics;
 pub mod pacing;
 pub mod proc;
 pub mod qmp;
 pub mod ram;
+pub mod source;
 pub mod stream;
 pub mod synth;
 pub mod tap;
+pub mod target;
 pub mod tier;
+
+/// An error and its sources in one line, each said once.
+pub fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(source) = next {
+        let more = source.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        next = source.source();
+    }
+    text
+}

@@ -1,0 +1,178 @@
+//! `umbra-replicator.toml`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use umbra_api::HostId;
+use umbra_daemon::config::{Check, Invalid};
+
+use crate::adopt::Storage;
+use crate::launch::LaunchConfig;
+use crate::proc::Scope;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This host's name, as the RPS knows it.
+    pub host: HostId,
+    /// HTTP: orders, replicas, metrics. Loopback unless configured.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// Where other replicators connect to. Off where absent: then this host can't be a target.
+    pub link_listen: Option<SocketAddr>,
+    /// What must survive a restart: epochs and the state of each replica.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Sockets, logs and console files of the shadows.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// RAM of the shadows. A tmpfs or hugetlbfs.
+    #[serde(default = "default_ram_dir")]
+    pub ram_dir: PathBuf,
+    /// Which QEMU processes are this host's: `all`, or `netns` for those in the replicator's own network namespace.
+    #[serde(default)]
+    pub scope: Scope,
+    /// Writable disks of the VMs: `private` can't be shadowed yet, `shared` ones are reached by all hosts under the same path.
+    #[serde(default)]
+    pub storage: Storage,
+    /// Where QEMU's binaries are looked for, before PATH.
+    pub qemu_dir: Option<PathBuf>,
+    /// Parent cgroup of the shadows, for their tiers, below the cpu controller's mount. Empty: no tiers.
+    #[serde(default = "default_cgroup")]
+    pub cgroup: String,
+    /// Bridges of other hosts by what they are called here: `br-prod = "vmbr0"`.
+    #[serde(default)]
+    pub bridges: BTreeMap<String, String>,
+    /// The bridge for a NIC whose primary's tap is a port of none.
+    pub default_bridge: Option<String>,
+    #[serde(default)]
+    pub link: Link,
+    #[serde(default)]
+    pub switchover: Switchover,
+}
+
+/// How the link behaves.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Link {
+    /// zstd's level, 1 to 19. Pages that do not shrink travel as they are.
+    pub zstd_level: i32,
+    pub connect_timeout_ms: u64,
+    /// A peer that is silent for so long, or takes nothing for so long, is lost.
+    pub silence_ms: u64,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self {
+            zstd_level: 1,
+            connect_timeout_ms: 3_000,
+            silence_ms: 10_000,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Switchover {
+    /// From the order to 'prepared'; past it the switchover is given up and the guest runs on where it was.
+    pub timeout_ms: u64,
+}
+
+impl Default for Switchover {
+    fn default() -> Self {
+        Self { timeout_ms: 5_000 }
+    }
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7403))
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/umbra/replicator".into()
+}
+
+fn default_cgroup() -> String {
+    "umbra".into()
+}
+
+fn default_run_dir() -> PathBuf {
+    "/run/umbra".into()
+}
+
+fn default_ram_dir() -> PathBuf {
+    "/dev/shm/umbra".into()
+}
+
+impl Config {
+    pub fn launch(&self) -> LaunchConfig {
+        LaunchConfig {
+            run_dir: self.run_dir.clone(),
+            ram_dir: self.ram_dir.clone(),
+            qemu_dir: self.qemu_dir.clone(),
+            cgroup: Some(self.cgroup.clone()).filter(|c| !c.is_empty()),
+            cpus: None,
+            bridges: self.bridges.clone(),
+            default_bridge: self.default_bridge.clone(),
+        }
+    }
+}
+
+impl Check for Config {
+    fn check(&self) -> Result<(), Invalid> {
+        let absolute = [
+            ("state_dir", &self.state_dir),
+            ("run_dir", &self.run_dir),
+            ("ram_dir", &self.ram_dir),
+        ];
+        if let Some((key, path)) = absolute.into_iter().find(|(_, p)| !p.is_absolute()) {
+            return Err(Invalid::new(key, format!("{} is not an absolute path", path.display())));
+        }
+        if !(1..=19).contains(&self.link.zstd_level) {
+            return Err(Invalid::new(
+                "link.zstd_level",
+                format!("{} is not between 1 and 19", self.link.zstd_level),
+            ));
+        }
+        let times = [
+            ("link.connect_timeout_ms", self.link.connect_timeout_ms),
+            ("link.silence_ms", self.link.silence_ms),
+            ("switchover.timeout_ms", self.switchover.timeout_ms),
+        ];
+        match times.into_iter().find(|(_, ms)| !(100..=600_000).contains(ms)) {
+            Some((key, ms)) => Err(Invalid::new(key, format!("{ms} is not between 100 and 600000"))),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use umbra_daemon::config;
+
+    use super::*;
+
+    #[test]
+    fn defaults_and_errors() {
+        let c: Config = config::parse(Path::new("r.toml"), "host = 'a'\n").unwrap();
+        assert_eq!((c.listen.port(), c.link.zstd_level), (7403, 1));
+        let error = |text: &str| {
+            config::parse::<Config>(Path::new("r.toml"), text)
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(error("host = 'a b'\n").starts_with("r.toml: host: "));
+        assert_eq!(
+            error("host = 'a'\nrun_dir = 'x'\n"),
+            "r.toml: run_dir: x is not an absolute path"
+        );
+        let e = error("host = 'a'\n[link]\nzstd_level = 77\n");
+        assert_eq!(e, "r.toml: link.zstd_level: 77 is not between 1 and 19");
+        assert!(error("host = 'a'\nhots = 1\n").contains("hots"));
+    }
+}

@@ -1,0 +1,637 @@
+//! All replicas of this host: takes orders, opens sessions, and finds them again after a restart.
+//!
+//! An order is judged here, under one lock, against what is on disk: its epoch first, then whether it makes sense in
+//! the replica's phase. What it leads to happens in the replica's own thread.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::Value;
+use umbra_api::order::{Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalCode};
+use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
+use umbra_api::wire::control::ShadowSpec;
+use umbra_api::{Epoch, HostId, UnixMs, VmId};
+
+use crate::adopt;
+use crate::config::Config;
+use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
+use crate::launch::{self, ShadowRecord};
+use crate::qmp::Client;
+use crate::source;
+use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
+use crate::target;
+use crate::target::feed::Feed;
+use crate::target::machine::{Durable as TargetDurable, Input as TargetInput};
+use crate::target::session::Reply;
+
+const QMP_TIMEOUT: Duration = Duration::from_secs(3);
+/// A primary that is told to quit writes nothing, so it is quick.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What all sessions share.
+pub struct Core {
+    pub config: Config,
+    pub journal: Journal,
+}
+
+#[derive(Default)]
+struct Entry {
+    source: Option<source::Handle>,
+    target: Option<target::Handle>,
+}
+
+pub struct Engine {
+    core: Arc<Core>,
+    vms: Mutex<HashMap<VmId, Entry>>,
+    /// Shadows whose ram connection has not come yet, by session.
+    feeds: Mutex<HashMap<u64, Feed>>,
+}
+
+/// A source's first message.
+pub struct Hello {
+    pub vm: VmId,
+    pub name: String,
+    pub epoch: Epoch,
+    pub host: HostId,
+    pub spec: ShadowSpec,
+}
+
+pub fn unix_ms() -> UnixMs {
+    UnixMs::from_system(SystemTime::now())
+}
+
+fn wrong_phase(detail: impl Into<String>) -> Refusal {
+    Refusal::new(RefusalCode::WrongPhase, detail)
+}
+
+fn local(e: &dyn std::fmt::Display) -> Refusal {
+    Refusal::new(RefusalCode::Local, e.to_string())
+}
+
+impl Engine {
+    /// Opens the journal and takes up every replica where it was.
+    pub fn start(config: Config) -> std::io::Result<Arc<Self>> {
+        let journal = Journal::open(&config.state_dir)?;
+        let core = Arc::new(Core { config, journal });
+        let engine = Self {
+            core,
+            vms: Mutex::default(),
+            feeds: Mutex::default(),
+        };
+        for record in engine.core.journal.all() {
+            engine.take_up(record)?;
+        }
+        engine.sweep();
+        Ok(Arc::new(engine))
+    }
+
+    pub fn silence(&self) -> Duration {
+        Duration::from_millis(self.core.config.link.silence_ms)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Entry>> {
+        // An entry is replaced as a whole: a panic elsewhere leaves nothing half done.
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_up(&self, record: VmRecord) -> std::io::Result<()> {
+        let mut entry = Entry::default();
+        if let Some(s) = record.source
+            && !matches!(s.durable, SourceDurable::Released | SourceDurable::Retired)
+        {
+            let qmp = s.qemu.qmp.iter().find_map(|p| Client::connect(p, QMP_TIMEOUT).ok());
+            let plan = source::session::Plan {
+                vm: record.vm,
+                name: record.name.clone(),
+                epoch: s.epoch,
+                peer: s.peer,
+                link: s.link,
+                pacing: Pacing::default(),
+                process: s.qemu.id,
+                report: s.report,
+            };
+            entry.source = Some(source::Session::resume(self.core.clone(), plan, s.durable, qmp)?);
+        }
+        if let Some(t) = record.target
+            && let Some(shadow) = t.shadow
+        {
+            let qmp = Client::connect(&shadow.qmp_path, QMP_TIMEOUT).ok();
+            let plan = target::session::Plan {
+                vm: record.vm,
+                name: record.name,
+                epoch: t.epoch,
+                peer: t.peer,
+            };
+            entry.target = Some(target::Session::resume(
+                self.core.clone(),
+                plan,
+                t.durable,
+                shadow,
+                qmp,
+            )?);
+        }
+        self.lock().insert(record.vm, entry);
+        Ok(())
+    }
+
+    /// Discards shadows that no record knows: the replicator died while it started them.
+    fn sweep(&self) {
+        let known: Vec<(VmId, u64)> = self.core.journal.all().iter().flat_map(shadows_of).collect();
+        let found = match launch::records(&self.core.config.launch()) {
+            Ok(found) => found,
+            Err(e) => return tracing::warn!("leftover shadows can't be looked for: {e}"),
+        };
+        for record in found.iter().filter(|r| !known.contains(&(r.vm, r.session))) {
+            tracing::info!(vm = %record.vm, session = record.session, "discarding a shadow that nobody knows");
+            if let Err(e) = launch::discard(record) {
+                tracing::warn!(vm = %record.vm, "leftover shadow: {e}");
+            }
+        }
+    }
+
+    /// All replicas of this host.
+    pub fn replicas(&self) -> Vec<ReplicaStatus> {
+        let mut vms = self.lock();
+        let mut out = Vec::new();
+        for record in self.core.journal.all() {
+            let entry = vms.entry(record.vm).or_default();
+            self.reap(&record, entry);
+            out.extend(entry.source.as_ref().map(|s| retired(s.status(), &record)));
+            match (&entry.target, &record.target) {
+                (Some(t), _) => out.push(t.status()),
+                (None, Some(t)) if t.durable == TargetDurable::Admitted => out.push(admitted(&record, t)),
+                _ => {}
+            }
+        }
+        out
+    }
+
+    /// A VM that was handed on from here is no replica of the target's any more.
+    fn reap(&self, record: &VmRecord, entry: &mut Entry) {
+        if record.target.is_none()
+            && let Some(t) = entry.target.take()
+        {
+            // Its thread may have ended already.
+            let _ = t.events.send(target::session::Event::Leave);
+        }
+    }
+
+    /// Takes or refuses an order. Blocking: adopting a VM asks QEMU a dozen questions.
+    pub fn order(&self, order: &Order) -> Result<(), Refusal> {
+        let mut vms = self.lock();
+        let record = self.core.journal.get(order.vm);
+        if record.as_ref().is_some_and(|r| r.knows(order.id)) {
+            return Ok(());
+        }
+        let seen = record.as_ref().map_or(Epoch(0), |r| r.epoch);
+        if order.epoch < seen {
+            let detail = format!(
+                "order {} of epoch {}, epoch {seen} was seen here",
+                order.kind.name(),
+                order.epoch
+            );
+            return Err(Refusal::new(RefusalCode::StaleEpoch, detail));
+        }
+        let entry = vms.entry(order.vm).or_default();
+        if let Some(record) = &record {
+            self.reap(record, entry);
+        }
+        tracing::info!(vm = %order.vm, epoch = %order.epoch, order = order.kind.name(), "order");
+        match &order.kind {
+            OrderKind::Admit { source } => self.admit(order, entry, source),
+            OrderKind::Protect { target, link, pacing } => self.protect(order, entry, target, link, *pacing),
+            OrderKind::Tier { tier, expected_peak } => {
+                let target = entry
+                    .target
+                    .as_ref()
+                    .ok_or_else(|| wrong_phase("there is no shadow of this VM here"))?;
+                self.remember(order)?;
+                let _ = target.events.send(target::session::Event::Tier {
+                    tier: *tier,
+                    peak: *expected_peak,
+                });
+                Ok(())
+            }
+            OrderKind::Switchover => self.switchover(order, entry),
+            OrderKind::Announce { announce } => match entry.target.as_ref().map(|t| (t, t.status().phase)) {
+                Some((t, Phase::Active)) => {
+                    let _ = t.events.send(target::session::Event::Announce(*announce));
+                    self.remember(order)
+                }
+                _ => Err(wrong_phase("no shadow of this VM became active here")),
+            },
+            OrderKind::Release => self.release(order, entry),
+            OrderKind::Retire => self.retire(order, entry),
+        }
+    }
+
+    fn remember(&self, order: &Order) -> Result<(), Refusal> {
+        let noted = self.core.journal.update(order.vm, |r| {
+            r.epoch = r.epoch.max(order.epoch);
+            r.remember(order.id);
+        });
+        noted.map_err(|e| local(&e))
+    }
+
+    fn admit(&self, order: &Order, entry: &mut Entry, source: &HostId) -> Result<(), Refusal> {
+        if let Some(t) = &entry.target {
+            let phase = t.status().phase;
+            if phase != Phase::Released {
+                return Err(wrong_phase(format!(
+                    "there is a shadow of this VM here already, in phase {phase:?}"
+                )));
+            }
+        }
+        let record = TargetRecord {
+            peer: source.clone(),
+            epoch: order.epoch,
+            durable: TargetDurable::Admitted,
+            shadow: None,
+            since: unix_ms(),
+            error: None,
+        };
+        let noted = self.core.journal.update(order.vm, |r| {
+            r.epoch = r.epoch.max(order.epoch);
+            r.remember(order.id);
+            r.target = Some(record);
+        });
+        noted.map_err(|e| local(&e))?;
+        entry.target = None;
+        Ok(())
+    }
+
+    fn protect(
+        &self,
+        order: &Order,
+        entry: &mut Entry,
+        target: &HostId,
+        link: &str,
+        pacing: Pacing,
+    ) -> Result<(), Refusal> {
+        if !(1..=ROUND_MS_MAX).contains(&pacing.round_ms) {
+            let detail = format!("round_ms is {}, 1 to {ROUND_MS_MAX} are possible", pacing.round_ms);
+            return Err(Refusal::new(RefusalCode::BadOrder, detail));
+        }
+        if link
+            .rsplit_once(':')
+            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+        {
+            return Err(Refusal::new(
+                RefusalCode::BadOrder,
+                format!("link {link:?} is not address:port"),
+            ));
+        }
+        if let Some(s) = &entry.source {
+            match retired(s.status(), &self.record(order.vm)?).phase {
+                Phase::Released | Phase::Failed | Phase::Retired => {}
+                Phase::Relinquished => {
+                    return Err(wrong_phase(
+                        "the stopped primary of an earlier switchover is kept here: retire it first",
+                    ));
+                }
+                phase => return Err(wrong_phase(format!("this VM is protected already, in phase {phase:?}"))),
+            }
+        }
+        entry.target.as_ref().map_or(Ok(()), let_go)?;
+        let adopted = adopt::adopt(order.vm, self.core.config.scope, self.core.config.storage)?;
+        for warning in &adopted.warnings {
+            tracing::warn!(vm = %order.vm, "{warning}");
+        }
+        let qemu = QemuRef {
+            id: adopted.process.id,
+            qmp: adopted.process.qmp.clone(),
+        };
+        let record = SourceRecord {
+            peer: target.clone(),
+            link: link.to_owned(),
+            epoch: order.epoch,
+            durable: SourceDurable::Protecting,
+            qemu,
+            since: unix_ms(),
+            report: None,
+            leftover: None,
+        };
+        let noted = self.core.journal.update(order.vm, |r| {
+            r.epoch = r.epoch.max(order.epoch);
+            r.remember(order.id);
+            r.name.clone_from(&adopted.name);
+            r.source = Some(record);
+        });
+        noted.map_err(|e| local(&e))?;
+        let plan = source::session::Plan {
+            vm: order.vm,
+            name: adopted.name,
+            epoch: order.epoch,
+            peer: target.clone(),
+            link: link.to_owned(),
+            pacing,
+            process: adopted.process.id,
+            report: None,
+        };
+        let handle = source::Session::start(self.core.clone(), plan, adopted.qmp, adopted.spec);
+        entry.source = Some(handle.map_err(|e| local(&e))?);
+        Ok(())
+    }
+
+    fn record(&self, vm: VmId) -> Result<VmRecord, Refusal> {
+        self.core
+            .journal
+            .get(vm)
+            .ok_or_else(|| wrong_phase("nothing is known of this VM here"))
+    }
+
+    fn switchover(&self, order: &Order, entry: &Entry) -> Result<(), Refusal> {
+        let source = entry
+            .source
+            .as_ref()
+            .ok_or_else(|| wrong_phase("this VM is not protected from here"))?;
+        let status = source.status();
+        if status.phase != Phase::Standby {
+            return Err(wrong_phase(format!(
+                "a switchover needs a standby, the replica is in phase {:?}",
+                status.phase
+            )));
+        }
+        if order.epoch <= status.epoch {
+            let detail = format!("a switchover needs an epoch above the protection's, {}", status.epoch);
+            return Err(Refusal::new(RefusalCode::StaleEpoch, detail));
+        }
+        // Before the disk: the session's own note of the epoch is what must come first, and it does.
+        let _ = source
+            .events
+            .send(source::session::Event::Input(SourceInput::Switchover {
+                epoch: order.epoch,
+            }));
+        self.remember(order)
+    }
+
+    fn release(&self, order: &Order, entry: &mut Entry) -> Result<(), Refusal> {
+        if let Some(s) = &entry.source {
+            match s.status().phase {
+                Phase::Provisioning | Phase::Seeding | Phase::Standby | Phase::Switching => {
+                    let _ = s.events.send(source::session::Event::Input(SourceInput::Release));
+                    return self.remember(order);
+                }
+                _ => {}
+            }
+        }
+        match entry.target.as_ref().map(|t| (t, t.status().phase)) {
+            Some((_, phase @ (Phase::Active | Phase::Prepared))) => {
+                let detail = format!("the shadow here is {phase:?}: a release never stops a VM");
+                return Err(wrong_phase(detail));
+            }
+            Some((t, phase)) if phase != Phase::Released => {
+                let _ = t.events.send(target::session::Event::Input(TargetInput::Release));
+                return self.remember(order);
+            }
+            _ => {}
+        }
+        // Nothing is at work: forget what has ended.
+        let forget = |r: &mut VmRecord| {
+            r.remember(order.id);
+            r.epoch = r.epoch.max(order.epoch);
+            if r.target.as_ref().is_some_and(|t| t.shadow.is_none()) {
+                r.target = None;
+            }
+        };
+        self.core.journal.update(order.vm, forget).map_err(|e| local(&e))
+    }
+
+    fn retire(&self, order: &Order, entry: &Entry) -> Result<(), Refusal> {
+        let record = self.record(order.vm)?;
+        let source = record
+            .source
+            .ok_or_else(|| wrong_phase("this VM was never protected from here"))?;
+        match source.durable {
+            SourceDurable::HandedOver { .. } => {}
+            SourceDurable::Retired => return self.remember(order),
+            other => {
+                return Err(wrong_phase(format!(
+                    "only a VM that was handed over can be retired, this one is {other:?}"
+                )));
+            }
+        }
+        if entry
+            .source
+            .as_ref()
+            .is_some_and(|s| s.status().phase != Phase::Relinquished)
+        {
+            return Err(wrong_phase("the switchover is not complete"));
+        }
+        quit(&source.qemu)?;
+        if let Some(shadow) = &source.leftover {
+            launch::discard(shadow)?;
+        }
+        let noted = self.core.journal.update(order.vm, |r| {
+            r.remember(order.id);
+            r.epoch = r.epoch.max(order.epoch);
+            if let Some(s) = r.source.as_mut() {
+                s.durable = SourceDurable::Retired;
+                s.leftover = None;
+            }
+        });
+        noted.map_err(|e| local(&e))
+    }
+
+    /// A source wants its shadow here.
+    pub fn hello(&self, hello: Hello, control: Reply) -> Result<(u64, Sender<target::session::Event>), Refusal> {
+        let (vm, epoch) = (hello.vm, hello.epoch);
+        let mut vms = self.lock();
+        let admitted = self.core.journal.get(vm).and_then(|r| r.target);
+        match admitted {
+            Some(t) if t.durable == TargetDurable::Admitted && t.peer == hello.host && t.epoch == epoch => {}
+            _ => {
+                let detail = format!(
+                    "no shadow of VM {vm} from {} in epoch {epoch} was admitted here",
+                    hello.host
+                );
+                return Err(wrong_phase(detail));
+            }
+        }
+        // Unique on this host over restarts, and no secret.
+        let session = unix_ms().0.unsigned_abs();
+        let mut shadow = launch::launch(&hello.spec, &self.core.config.launch(), vm, session)?;
+        for warning in &shadow.warnings {
+            tracing::warn!(%vm, "{warning}");
+        }
+        let begun = (|| {
+            let noted = self.core.journal.update(vm, |r| {
+                r.name.clone_from(&hello.name);
+                if let Some(t) = r.target.as_mut() {
+                    t.durable = TargetDurable::Shadow;
+                    t.shadow = Some(shadow.record.clone());
+                }
+            });
+            noted.map_err(|e| local(&e))?;
+            let incoming = shadow
+                .incoming
+                .take()
+                .ok_or_else(|| local(&"the shadow has no incoming socket"))?;
+            let mark = shadow.qmp.mark();
+            let plan = target::session::Plan {
+                vm,
+                name: hello.name,
+                epoch,
+                peer: hello.host,
+            };
+            let handle = target::Session::start(self.core.clone(), plan, &shadow, control).map_err(|e| local(&e))?;
+            let events = handle.events.clone();
+            let feed = Feed {
+                files: shadow.record.ram.clone(),
+                incoming,
+                qmp: shadow.qmp.clone(),
+                mark,
+                events: events.clone(),
+            };
+            self.feeds
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(session, feed);
+            vms.entry(vm).or_default().target = Some(handle);
+            Ok((session, events))
+        })();
+        begun.inspect_err(|_| {
+            if let Err(e) = launch::discard(&shadow.record) {
+                tracing::warn!(%vm, "the shadow is not cleaned up: {e}");
+            }
+        })
+    }
+
+    pub fn take_feed(&self, session: u64) -> Option<Feed> {
+        self.feeds
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&session)
+    }
+
+    /// Where the session of a VM's shadow hears, if there is one.
+    pub fn target_of(&self, vm: VmId) -> Option<Sender<target::session::Event>> {
+        self.lock()
+            .get(&vm)
+            .and_then(|e| e.target.as_ref())
+            .map(|t| t.events.clone())
+    }
+
+    /// There is no session of this VM: makes sure that none will ever run it under `epoch`.
+    pub fn never(&self, vm: VmId, epoch: Epoch) -> Result<(), Refusal> {
+        self.core
+            .journal
+            .update(vm, |r| r.epoch = r.epoch.max(epoch))
+            .map_err(|e| local(&e))
+    }
+
+    /// Leaves every VM as it is: ends what is undecided, and waits for it. Blocking.
+    pub fn stop(&self) {
+        let mut vms = self.lock();
+        let entries: Vec<Entry> = vms.drain().map(|(_, e)| e).collect();
+        drop(vms);
+        for e in &entries {
+            if let Some(s) = &e.source {
+                let _ = s.events.send(source::session::Event::Input(SourceInput::Release));
+            }
+            if let Some(t) = &e.target {
+                let _ = t.events.send(target::session::Event::Input(TargetInput::Release));
+                let _ = t.events.send(target::session::Event::Leave);
+            }
+        }
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        let threads = entries.into_iter().flat_map(|e| {
+            [e.source.and_then(|s| s.thread), e.target.and_then(|t| t.thread)]
+                .into_iter()
+                .flatten()
+        });
+        for thread in threads {
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}
+
+fn shadows_of(r: &VmRecord) -> Vec<(VmId, u64)> {
+    let leftover = r.source.as_ref().and_then(|s| s.leftover.as_ref());
+    let shadow = r.target.as_ref().and_then(|t| t.shadow.as_ref());
+    leftover
+        .into_iter()
+        .chain(shadow)
+        .map(|s: &ShadowRecord| (s.vm, s.session))
+        .collect()
+}
+
+/// The session does not know that the process was quit after it had ended.
+fn retired(mut status: ReplicaStatus, record: &VmRecord) -> ReplicaStatus {
+    if status.phase == Phase::Relinquished
+        && record
+            .source
+            .as_ref()
+            .is_some_and(|s| s.durable == SourceDurable::Retired)
+    {
+        status.phase = Phase::Retired;
+    }
+    status
+}
+
+fn admitted(record: &VmRecord, t: &TargetRecord) -> ReplicaStatus {
+    ReplicaStatus {
+        vm: record.vm,
+        name: record.name.clone(),
+        role: Role::Target,
+        peer: t.peer.clone(),
+        epoch: t.epoch,
+        phase: Phase::Provisioning,
+        since: t.since,
+        tier: None,
+        progress: Progress::default(),
+        report: None,
+        error: None,
+    }
+}
+
+/// The VM that is to be protected was a shadow here: its session gives up the monitor.
+fn let_go(target: &target::Handle) -> Result<(), Refusal> {
+    let (done, heard) = channel();
+    match target.status().phase {
+        Phase::Active => {}
+        Phase::Released => return Ok(()),
+        phase => return Err(wrong_phase(format!("the VM's shadow here is in phase {phase:?}"))),
+    }
+    // A session that has ended has let go as well.
+    if target.events.send(target::session::Event::LetGo(done)).is_ok() {
+        let _ = heard.recv_timeout(QMP_TIMEOUT);
+    }
+    Ok(())
+}
+
+/// Ends a stopped primary. One that runs is never ended here.
+fn quit(qemu: &QemuRef) -> Result<(), Refusal> {
+    if !qemu.id.alive() {
+        return Ok(());
+    }
+    let connect = || qemu.qmp.iter().map(|p| Client::connect(p, QMP_TIMEOUT));
+    let qmp = match connect().find(Result::is_ok).or_else(|| connect().next()) {
+        Some(client) => client?,
+        None => {
+            return Err(Refusal::new(
+                RefusalCode::QmpUnavailable,
+                "the stopped primary has no QMP socket",
+            ));
+        }
+    };
+    let status = qmp.execute("query-status", Value::Null)?;
+    if status["running"].as_bool() != Some(false) {
+        return Err(wrong_phase(format!(
+            "the primary is not stopped but {}: it is not quit",
+            status["status"]
+        )));
+    }
+    // QEMU may close the connection before it answers.
+    let _ = qmp.execute("quit", Value::Null);
+    let deadline = Instant::now() + QUIT_TIMEOUT;
+    while qemu.id.alive() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    launch::process::kill(qemu.id, QUIT_TIMEOUT).map_err(|e| local(&e))
+}

@@ -1,0 +1,39 @@
+//! The daemon's HTTP: `POST /v1/orders`, `GET /v1/replicas`, `/metrics`, `/healthz`, `/readyz`.
+
+use std::sync::Arc;
+
+use umbra_api::order::Order;
+use umbra_api::problem::Problem;
+use umbra_daemon::http::{self, Method, Reply, Request, status};
+use umbra_daemon::metrics::reply as metrics_reply;
+
+use crate::engine::Engine;
+use crate::metrics;
+
+/// Answers one request.
+pub async fn answer(engine: Arc<Engine>, request: Request) -> Reply {
+    match (&request.method, request.path.as_str()) {
+        (&Method::POST, "/v1/orders") => {
+            let order: Order = match request.json() {
+                Ok(order) => order,
+                Err(problem) => return http::problem(&problem),
+            };
+            let taken = blocking(move || engine.order(&order).map_err(Problem::from)).await;
+            http::outcome(status::ACCEPTED, taken.and_then(|r| r))
+        }
+        (&Method::GET, "/v1/replicas") => http::outcome(status::OK, blocking(move || engine.replicas()).await),
+        (&Method::GET, "/metrics") => match blocking(move || metrics::registry(&engine.replicas())).await {
+            Ok(registry) => metrics_reply(&registry),
+            Err(problem) => http::problem(&problem),
+        },
+        (&Method::GET, "/healthz" | "/readyz") => http::reply(status::OK, "text/plain", "ok\n"),
+        _ => http::problem(&Problem::not_found(format!("{} {}", request.method, request.path))),
+    }
+}
+
+/// The engine asks QEMU and the disk: not on an async thread.
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(f)
+        .await
+        .map_err(|e| Problem::new(500, "internal", "Internal error", e.to_string()))
+}

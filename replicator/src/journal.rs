@@ -1,0 +1,302 @@
+//! What a replicator must not forget, one file a VM: the highest epoch it has seen, the orders it has taken, and how far
+//! each side of a protection is. A change is on the disk before [`Journal::update`] returns.
+//!
+//! ```text
+//! file    slot slot                      (16 KiB each)
+//! slot    "UMBRAJ01"  sequence u64  length u64  xxh3 u64  json[length]      (little-endian)
+//! ```
+//! A write goes to the slot that does not hold the latest record, in place, followed by fdatasync: a crash leaves at least
+//! one whole slot, and no metadata has to reach the disk. That is 3 ms here, where a new file with its rename and the
+//! directory's fsync takes 12, and some of these writes happen while a guest is stopped.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use umbra_api::order::Refusal;
+use umbra_api::replica::SwitchoverReport;
+use umbra_api::{Epoch, HostId, OrderId, UnixMs, VmId};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::launch::ShadowRecord;
+use crate::proc::ProcessId;
+use crate::{source, target};
+
+/// Orders that are remembered, so that one which is sent again does nothing new.
+const ORDERS_KEPT: usize = 32;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRecord {
+    pub vm: VmId,
+    pub name: String,
+    /// Highest seen in an order or from a peer.
+    pub epoch: Epoch,
+    pub orders: VecDeque<OrderId>,
+    pub source: Option<SourceRecord>,
+    pub target: Option<TargetRecord>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceRecord {
+    pub peer: HostId,
+    /// The target's link address.
+    pub link: String,
+    pub epoch: Epoch,
+    pub durable: source::machine::Durable,
+    pub qemu: QemuRef,
+    pub since: UnixMs,
+    pub report: Option<SwitchoverReport>,
+    /// The primary was once a shadow here: what is to be cleaned up when it is retired.
+    pub leftover: Option<ShadowRecord>,
+}
+
+/// Enough to find a QEMU process again after a restart.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QemuRef {
+    pub id: ProcessId,
+    pub qmp: Vec<PathBuf>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetRecord {
+    pub peer: HostId,
+    pub epoch: Epoch,
+    pub durable: target::machine::Durable,
+    pub shadow: Option<ShadowRecord>,
+    pub since: UnixMs,
+    pub error: Option<Refusal>,
+}
+
+impl VmRecord {
+    fn new(vm: VmId) -> Self {
+        Self {
+            vm,
+            name: String::new(),
+            epoch: Epoch(0),
+            orders: VecDeque::new(),
+            source: None,
+            target: None,
+        }
+    }
+
+    pub fn knows(&self, order: OrderId) -> bool {
+        self.orders.contains(&order)
+    }
+
+    pub fn remember(&mut self, order: OrderId) {
+        self.orders.push_back(order);
+        while self.orders.len() > ORDERS_KEPT {
+            self.orders.pop_front();
+        }
+    }
+}
+
+const MAGIC: &[u8; 8] = b"UMBRAJ01";
+const HEAD: usize = 32;
+const SLOT: usize = 16 << 10;
+
+struct Entry {
+    file: File,
+    sequence: u64,
+    record: VmRecord,
+}
+
+pub struct Journal {
+    dir: PathBuf,
+    vms: Mutex<BTreeMap<VmId, Entry>>,
+}
+
+impl Journal {
+    /// Reads all records. One that can't be read is an error that names the file: guessing an epoch could run a VM twice.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(dir).map_err(|e| named(dir, &e))?;
+        let mut vms = BTreeMap::new();
+        for entry in fs::read_dir(dir).map_err(|e| named(dir, &e))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "journal") {
+                let entry = read(&path).map_err(|e| named(&path, &e))?;
+                vms.insert(entry.record.vm, entry);
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            vms: Mutex::new(vms),
+        })
+    }
+
+    pub fn all(&self) -> Vec<VmRecord> {
+        self.lock().values().map(|e| e.record.clone()).collect()
+    }
+
+    pub fn get(&self, vm: VmId) -> Option<VmRecord> {
+        self.lock().get(&vm).map(|e| e.record.clone())
+    }
+
+    /// Changes a VM's record, on disk first. If the disk refuses, nothing is changed.
+    pub fn update<T>(&self, vm: VmId, change: impl FnOnce(&mut VmRecord) -> T) -> io::Result<T> {
+        let mut vms = self.lock();
+        if let Some(entry) = vms.get_mut(&vm) {
+            let mut record = entry.record.clone();
+            let out = change(&mut record);
+            write(&entry.file, entry.sequence + 1, &record).map_err(|e| named(&self.path(vm), &e))?;
+            entry.sequence += 1;
+            entry.record = record;
+            return Ok(out);
+        }
+        let mut record = VmRecord::new(vm);
+        let out = change(&mut record);
+        let file = self.create(&record).map_err(|e| named(&self.path(vm), &e))?;
+        vms.insert(
+            vm,
+            Entry {
+                file,
+                sequence: 1,
+                record,
+            },
+        );
+        Ok(out)
+    }
+
+    fn path(&self, vm: VmId) -> PathBuf {
+        self.dir.join(format!("{vm}.journal"))
+    }
+
+    /// A new file appears under its name only when its first record is whole, and with all of its blocks in place.
+    fn create(&self, record: &VmRecord) -> io::Result<File> {
+        let new = self.dir.join(format!("{}.new", record.vm));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&new)?;
+        file.write_all_at(&[0; 2 * SLOT], 0)?;
+        write(&file, 1, record)?;
+        file.sync_all()?;
+        fs::rename(&new, self.path(record.vm))?;
+        File::open(&self.dir)?.sync_all()?;
+        Ok(file)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, Entry>> {
+        // Nothing panics while an entry is half changed: record and sequence are replaced after the write.
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write(file: &File, sequence: u64, record: &VmRecord) -> io::Result<()> {
+    let json = serde_json::to_vec(record)?;
+    if HEAD + json.len() > SLOT {
+        return Err(io::Error::other(format!(
+            "a record of {} bytes, at most {} fit",
+            json.len(),
+            SLOT - HEAD
+        )));
+    }
+    let mut slot = Vec::with_capacity(HEAD + json.len());
+    slot.extend_from_slice(MAGIC);
+    slot.extend_from_slice(&sequence.to_le_bytes());
+    slot.extend_from_slice(&(json.len() as u64).to_le_bytes());
+    slot.extend_from_slice(&xxh3_64_with_seed(&json, sequence).to_le_bytes());
+    slot.extend_from_slice(&json);
+    file.write_all_at(&slot, sequence % 2 * SLOT as u64)?;
+    file.sync_data()
+}
+
+/// The later of the whole slots.
+fn read(path: &Path) -> io::Result<Entry> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut bytes = [0; 2 * SLOT];
+    file.read_exact_at(&mut bytes, 0)?;
+    let (a, b) = bytes.split_at(SLOT);
+    let latest = [a, b]
+        .into_iter()
+        .filter_map(whole)
+        .max_by_key(|(sequence, _)| *sequence);
+    let (sequence, json) = latest.ok_or_else(|| io::Error::other("neither slot holds a whole record"))?;
+    Ok(Entry {
+        record: serde_json::from_slice(json)?,
+        file,
+        sequence,
+    })
+}
+
+fn whole(slot: &[u8]) -> Option<(u64, &[u8])> {
+    let rest = slot.strip_prefix(MAGIC)?;
+    let (head, body) = rest.split_at_checked(HEAD - MAGIC.len())?;
+    let number = |i: usize| head.as_chunks::<8>().0.get(i).map(|b| u64::from_le_bytes(*b));
+    let (sequence, len, sum) = (number(0)?, number(1)?, number(2)?);
+    let json = body.get(..usize::try_from(len).ok()?)?;
+    (xxh3_64_with_seed(json, sequence) == sum).then_some((sequence, json))
+}
+
+fn named(path: &Path, e: &dyn std::fmt::Display) -> io::Error {
+    io::Error::other(format!("{}: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm() -> VmId {
+        VmId(uuid::Uuid::from_u128(5))
+    }
+
+    #[test]
+    fn a_change_is_there_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let j = Journal::open(dir.path()).unwrap();
+        let order = OrderId(uuid::Uuid::from_u128(9));
+        j.update(vm(), |r| {
+            r.epoch = Epoch(4);
+            r.remember(order);
+        })
+        .unwrap();
+        let r = Journal::open(dir.path()).unwrap().get(vm()).unwrap();
+        assert_eq!((r.epoch, r.knows(order)), (Epoch(4), true));
+    }
+
+    #[test]
+    fn a_torn_write_leaves_the_record_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let j = Journal::open(dir.path()).unwrap();
+        for n in 1..=3 {
+            j.update(vm(), |r| r.epoch = Epoch(n)).unwrap();
+        }
+        let path = j.path(vm());
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        // Record 3 lies in the second slot.
+        file.write_all_at(b"torn", (SLOT + HEAD + 5) as u64).unwrap();
+        assert_eq!(Journal::open(dir.path()).unwrap().get(vm()).unwrap().epoch, Epoch(2));
+        file.write_all_at(b"torn", (HEAD + 5) as u64).unwrap();
+        let e = Journal::open(dir.path()).map(|_| ()).unwrap_err().to_string();
+        assert!(e.contains(&vm().to_string()) && e.contains("neither slot"), "{e}");
+    }
+
+    #[test]
+    fn a_record_that_does_not_fit_is_refused_and_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let j = Journal::open(dir.path()).unwrap();
+        j.update(vm(), |r| r.epoch = Epoch(1)).unwrap();
+        let e = j.update(vm(), |r| r.name = "x".repeat(SLOT)).unwrap_err().to_string();
+        assert!(e.contains("at most"), "{e}");
+        assert_eq!(j.get(vm()).unwrap().name, "");
+        fs::remove_dir_all(dir.path()).unwrap();
+        let other = VmId(uuid::Uuid::from_u128(6));
+        assert!(
+            j.update(other, |r| r.epoch = Epoch(4))
+                .unwrap_err()
+                .to_string()
+                .contains(&other.to_string())
+        );
+        assert!(j.get(other).is_none());
+    }
+}

@@ -1,0 +1,98 @@
+//! What the replicas tell a scraper.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use umbra_api::replica::{ReplicaStatus, Role};
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct Labels {
+    vm: String,
+    name: String,
+    role: &'static str,
+    peer: String,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct PhaseLabels {
+    vm: String,
+    name: String,
+    role: &'static str,
+    phase: String,
+}
+
+type Float = Gauge<f64, AtomicU64>;
+type Value = fn(&ReplicaStatus) -> Option<f64>;
+
+/// Name, help, and where it comes from. All are gauges: a replica's counts begin again with each protection.
+const GAUGES: [(&str, &str, Value); 8] = [
+    ("umbra_replica_ram_bytes", "RAM of the VM, all blocks", |r| {
+        Some(r.progress.ram_bytes as f64)
+    }),
+    ("umbra_replica_seeded_bytes", "RAM sent so far in the first pass", |r| {
+        Some(r.progress.seeded_bytes as f64)
+    }),
+    ("umbra_replica_seed_seconds", "How long the first pass took", |r| {
+        r.progress.seed_ms.map(|ms| ms as f64 / 1e3)
+    }),
+    (
+        "umbra_replica_wire_bytes",
+        "Bytes on the link since the protection began",
+        |r| Some(r.progress.wire_bytes as f64),
+    ),
+    ("umbra_replica_rounds", "Rounds since the first pass", |r| {
+        Some(r.progress.rounds as f64)
+    }),
+    ("umbra_replica_lag_pages", "Pages of the last round", |r| {
+        Some(r.progress.lag_pages as f64)
+    }),
+    ("umbra_replica_lag_seconds", "Age of the last complete round", |r| {
+        Some(r.progress.lag_ms as f64 / 1e3)
+    }),
+    (
+        "umbra_replica_guest_stopped_seconds",
+        "STOP to RESUME of the last switchover",
+        |r| r.report.map(|r| r.guest_stopped_us as f64 / 1e6),
+    ),
+];
+
+/// A registry made for one scrape: replicas come and go, and one that is gone must not be told.
+pub fn registry(replicas: &[ReplicaStatus]) -> Registry {
+    let mut registry = Registry::default();
+    let role = |r: &ReplicaStatus| match r.role {
+        Role::Source => "source",
+        Role::Target => "target",
+    };
+    for (name, help, value) in GAUGES {
+        let family = Family::<Labels, Float>::default();
+        for r in replicas {
+            let labels = Labels {
+                vm: r.vm.to_string(),
+                name: r.name.clone(),
+                role: role(r),
+                peer: r.peer.to_string(),
+            };
+            if let Some(v) = value(r) {
+                family.get_or_create(&labels).set(v);
+            }
+        }
+        registry.register(name, help, family);
+    }
+    let phases = Family::<PhaseLabels, Gauge>::default();
+    for r in replicas {
+        let phase = format!("{:?}", r.phase).to_lowercase();
+        phases
+            .get_or_create(&PhaseLabels {
+                vm: r.vm.to_string(),
+                name: r.name.clone(),
+                role: role(r),
+                phase,
+            })
+            .set(1);
+    }
+    registry.register("umbra_replica_phase", "1 for the phase in which a replica is", phases);
+    registry
+}

@@ -1,0 +1,113 @@
+//! The control connection to a target: opened with a first message, then a thread that tells the driver what comes.
+
+use std::net::TcpStream;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use umbra_api::order::{Refusal, RefusalCode};
+use umbra_api::wire::Purpose;
+use umbra_api::wire::control::Message;
+
+use super::session::Event;
+use crate::link::{self, FrameReader, FrameWriter, Link, LinkError};
+
+/// Starting a shadow's QEMU may take its time on a busy host.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    pub connect: Duration,
+    pub silence: Duration,
+}
+
+pub struct Control {
+    writer: FrameWriter<TcpStream>,
+    socket: TcpStream,
+}
+
+impl Control {
+    pub fn send(&mut self, message: &Message) -> Result<(), LinkError> {
+        self.writer.send_message(message)
+    }
+
+    /// Opens a session. The second value is its number, which the ram connection names.
+    pub fn hello(addr: &str, times: Timeouts, hello: &Message) -> Result<(Link, u64), Refusal> {
+        let mut link = open(addr, times, hello, WELCOME_TIMEOUT)?;
+        match link.reader.next_message().map_err(|e| unreachable(&e))? {
+            Message::Welcome { session } => Ok((link, session)),
+            Message::Refused { refusal } => Err(Refusal::new(RefusalCode::PeerRefused, refusal.to_string())),
+            other => Err(unexpected(addr, &other)),
+        }
+    }
+
+    /// Opens the ram connection of a session.
+    pub fn attach(addr: &str, times: Timeouts, session: u64) -> Result<FrameWriter<TcpStream>, Refusal> {
+        let mut link = link::connect(addr, Purpose::Ram, times.connect).map_err(|e| unreachable(&e))?;
+        link.set_timeouts(None, Some(times.silence))
+            .map_err(|e| unreachable(&e))?;
+        link.writer
+            .send_message(&Message::Attach { session })
+            .map_err(|e| unreachable(&e))?;
+        Ok(link.writer)
+    }
+
+    /// Asks on a connection of its own, and waits for one answer.
+    pub fn ask(addr: &str, times: Timeouts, question: &Message) -> Result<(Link, Message), Refusal> {
+        let mut link = open(addr, times, question, times.silence)?;
+        let answer = link.reader.next_message().map_err(|e| unreachable(&e))?;
+        Ok((link, answer))
+    }
+
+    /// Hands the reading half to a thread. `generation` tells its words from those of a connection that was replaced.
+    pub fn listen(link: Link, times: Timeouts, generation: u64, events: Sender<Event>) -> Result<Self, Refusal> {
+        link.set_timeouts(Some(times.silence), Some(times.silence))
+            .map_err(|e| unreachable(&e))?;
+        let socket = link.socket().map_err(|e| unreachable(&e))?;
+        let Link { reader, writer } = link;
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || hear(reader, generation, &events))
+            .map_err(|e| Refusal::new(RefusalCode::Local, format!("no thread for the control connection: {e}")))?;
+        Ok(Self { writer, socket })
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Ends the listening thread.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+fn open(addr: &str, times: Timeouts, first: &Message, wait: Duration) -> Result<Link, Refusal> {
+    let mut link = link::connect(addr, Purpose::Control, times.connect).map_err(|e| unreachable(&e))?;
+    link.set_timeouts(Some(wait), Some(times.silence))
+        .map_err(|e| unreachable(&e))?;
+    link.writer.send_message(first).map_err(|e| unreachable(&e))?;
+    Ok(link)
+}
+
+/// The source pings every second, so silence means that the peer or the way to it is gone.
+fn hear(mut reader: FrameReader<TcpStream>, generation: u64, events: &Sender<Event>) {
+    loop {
+        let event = match reader.next_message() {
+            Ok(message) => Event::Said { message, generation },
+            Err(e) => Event::ControlLost {
+                why: crate::chain(&e),
+                generation,
+            },
+        };
+        let over = matches!(event, Event::ControlLost { .. });
+        if events.send(event).is_err() || over {
+            return;
+        }
+    }
+}
+
+pub fn unreachable(e: &LinkError) -> Refusal {
+    Refusal::new(RefusalCode::PeerUnreachable, crate::chain(e))
+}
+
+pub fn unexpected(addr: &str, message: &Message) -> Refusal {
+    Refusal::new(RefusalCode::PeerRefused, format!("{addr} answered {message:?}"))
+}

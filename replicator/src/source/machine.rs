@@ -1,0 +1,559 @@
+//! The source's side of a protection, as a pure machine: inputs go in, actions come out, nothing is opened here.
+//!
+//! ```text
+//!            Seeded           Switchover(e)            Written              Streamed
+//!  Seeding ─────────> Standby ─────────────> Noting ──────────> Stopping ─────────────> Relinquishing
+//!     │                  │                     │                    │                      │ Written and Prepared(e): SHUT(0)
+//!     │ lost, released   │                     │   refused, lost, too late, abort          v
+//!     │                  │                     │                    │                  Shutting
+//!     v                  v                     v                    v   runs again         │
+//!   Ended <──────────────┴─────────────────────┴────────────────────┴──────────────────────┤
+//!     ^                                                                                    │ Completed, or it is gone
+//!     │ TakenBack                Aborted(e)             lost                               v       Running(e)
+//!  TakingBack <───────────────── Resolving <─────────────────────────────────────────── Committing ─────────> HandedOver
+//!                                    │  Prepared(e): commit again                          ^
+//!                                    └─────────────────────────────────────────────────────┘
+//! ```
+//! Rules that every edge keeps: the epoch of a switchover is on disk before the guest may stop for it (`Noting`); the
+//! primary is given up on disk before QEMU is told so (SHUT(0) waits for `Written`); the commit is sent only when the
+//! primary can't run again by itself (`Shutting` has ended); once it was sent, only the target's durable 'aborted' brings the
+//! primary back. The record 'relinquished' is written while the shadow loads, to keep the disk out of the stopped time: it binds
+//! nobody before SHUT(0), since QEMU itself lets the guest run on when the migration's socket closes earlier.
+
+use umbra_api::Epoch;
+use umbra_api::order::{Refusal, RefusalCode};
+use umbra_api::replica::Phase;
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum State {
+    Seeding,
+    Standby,
+    Noting {
+        epoch: Epoch,
+    },
+    Stopping {
+        epoch: Epoch,
+    },
+    Relinquishing {
+        epoch: Epoch,
+        written: bool,
+        prepared: bool,
+    },
+    Shutting {
+        epoch: Epoch,
+    },
+    Committing {
+        epoch: Epoch,
+    },
+    Resolving {
+        epoch: Epoch,
+    },
+    TakingBack {
+        epoch: Epoch,
+    },
+    HandedOver {
+        epoch: Epoch,
+    },
+    /// The primary runs on here, or is gone.
+    Ended {
+        error: Option<Refusal>,
+    },
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Input {
+    /// The first full pass is in the shadow's RAM.
+    Seeded,
+    Switchover {
+        epoch: Epoch,
+    },
+    Release,
+    /// What the last [`Action::Write`] asked for is on the disk.
+    Written,
+    /// The guest is stopped, and all of its state is on the link.
+    Streamed,
+    Prepared {
+        epoch: Epoch,
+    },
+    /// The primary's migration is complete: it will not run again unless it is told to.
+    Completed,
+    Running {
+        epoch: Epoch,
+    },
+    Aborted {
+        epoch: Epoch,
+    },
+    /// The target's words.
+    Refused(Refusal),
+    /// Something failed on this host.
+    Failed(Refusal),
+    LinkLost(String),
+    /// QEMU ended the migration by itself, and the guest runs on.
+    MigrationFailed(String),
+    /// The primary's process is gone.
+    PrimaryGone,
+    /// The time for this switchover is up.
+    TimedOut,
+    /// The primary, told to go on, runs again.
+    TakenBack,
+}
+
+/// What the source keeps on disk about its part.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case", tag = "phase")]
+pub enum Durable {
+    /// Copying. The primary runs; no shadow may.
+    Protecting,
+    /// A switchover to `epoch` began, and is not decided.
+    Preparing {
+        epoch: Epoch,
+    },
+    /// Given up for `epoch`: only a durable 'aborted' of the target brings the primary back.
+    Relinquished {
+        epoch: Epoch,
+    },
+    HandedOver {
+        epoch: Epoch,
+    },
+    /// The primary is the VM again, or still.
+    Released,
+    /// The stopped primary was quit.
+    Retired,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Action {
+    Write(Durable),
+    /// Tell the target to prepare, acknowledge the switchover to QEMU, and read what comes without pause.
+    Stop {
+        epoch: Epoch,
+    },
+    /// Tell QEMU that the other side has taken over: SHUT(0).
+    Shut,
+    Commit {
+        epoch: Epoch,
+    },
+    /// Tell the target that `epoch` is off. Best effort: a target that does not hear it stays prepared, and asks nothing.
+    Abort {
+        epoch: Epoch,
+    },
+    /// End the migration before QEMU was told SHUT(0): the guest runs on.
+    Abandon,
+    /// Ask the target, until it answers, how `epoch` ended.
+    Resolve {
+        epoch: Epoch,
+    },
+    /// `cont` the stopped primary.
+    TakeBack,
+    Goodbye {
+        reason: String,
+    },
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Machine {
+    pub state: State,
+    primary_gone: bool,
+}
+
+impl Machine {
+    pub fn new() -> Self {
+        Self {
+            state: State::Seeding,
+            primary_gone: false,
+        }
+    }
+
+    /// After a restart, from what is on disk. `stopped`: the primary is alive and its migration is complete; `gone`: there is no such process any more.
+    pub fn resume(durable: Durable, stopped: bool, gone: bool) -> (Self, Vec<Action>) {
+        let ended = |error| State::Ended { error };
+        let restarted = || {
+            Some(Refusal::new(
+                RefusalCode::Local,
+                "the source's replicator was restarted",
+            ))
+        };
+        let (state, actions) = match durable {
+            Durable::Protecting => (ended(restarted()), vec![Action::Write(Durable::Released)]),
+            Durable::Preparing { epoch } => (
+                ended(restarted()),
+                vec![Action::Write(Durable::Released), Action::Abort { epoch }],
+            ),
+            Durable::Relinquished { epoch } if stopped || gone => {
+                (State::Resolving { epoch }, vec![Action::Resolve { epoch }])
+            }
+            // SHUT(0) did not arrive, so the commit was never sent, and QEMU let the guest run on.
+            Durable::Relinquished { epoch } => (
+                ended(restarted()),
+                vec![Action::Write(Durable::Released), Action::Abort { epoch }],
+            ),
+            Durable::HandedOver { epoch } => (State::HandedOver { epoch }, Vec::new()),
+            Durable::Released | Durable::Retired => (ended(None), Vec::new()),
+        };
+        (
+            Self {
+                state,
+                primary_gone: gone,
+            },
+            actions,
+        )
+    }
+
+    pub fn phase(&self) -> Phase {
+        match &self.state {
+            State::Seeding => Phase::Seeding,
+            State::Standby => Phase::Standby,
+            State::Noting { .. }
+            | State::Stopping { .. }
+            | State::Relinquishing { .. }
+            | State::Shutting { .. }
+            | State::Committing { .. }
+            | State::Resolving { .. }
+            | State::TakingBack { .. } => Phase::Switching,
+            State::HandedOver { .. } => Phase::Relinquished,
+            State::Ended { .. } if self.primary_gone => Phase::Failed,
+            State::Ended { .. } => Phase::Released,
+        }
+    }
+
+    pub fn is_over(&self) -> bool {
+        matches!(self.state, State::HandedOver { .. } | State::Ended { .. })
+    }
+
+    /// An input that makes no sense in a state changes nothing: it was overtaken.
+    pub fn apply(&mut self, input: Input) -> Vec<Action> {
+        if input == Input::PrimaryGone {
+            self.primary_gone = true;
+        }
+        let (next, actions) = self.next(input);
+        if let Some(state) = next {
+            self.state = state;
+        }
+        actions
+    }
+
+    fn next(&self, input: Input) -> (Option<State>, Vec<Action>) {
+        match &self.state {
+            State::Seeding | State::Standby => self.copying(input),
+            State::Noting { epoch } => Self::noting(*epoch, input),
+            State::Stopping { epoch } => self.stopping(*epoch, input),
+            State::Relinquishing {
+                epoch,
+                written,
+                prepared,
+            } => self.relinquishing(*epoch, *written, *prepared, input),
+            State::Shutting { epoch } => Self::shutting(*epoch, input),
+            State::Committing { epoch } | State::Resolving { epoch } => self.committing(*epoch, input),
+            State::TakingBack { epoch } => Self::taking_back(*epoch, input),
+            State::HandedOver { .. } | State::Ended { .. } => (None, Vec::new()),
+        }
+    }
+
+    fn copying(&self, input: Input) -> (Option<State>, Vec<Action>) {
+        match input {
+            Input::Seeded => (Some(State::Standby), Vec::new()),
+            Input::Switchover { epoch } if self.state == State::Standby => (
+                Some(State::Noting { epoch }),
+                vec![Action::Write(Durable::Preparing { epoch })],
+            ),
+            Input::Release => {
+                let goodbye = Action::Goodbye {
+                    reason: "released".into(),
+                };
+                (
+                    Some(State::Ended { error: None }),
+                    vec![goodbye, Action::Abandon, Action::Write(Durable::Released)],
+                )
+            }
+            other => match why_over(other) {
+                Some(error) => Self::end(error, None),
+                None => (None, Vec::new()),
+            },
+        }
+    }
+
+    fn noting(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
+        match input {
+            Input::Written => (Some(State::Stopping { epoch }), vec![Action::Stop { epoch }]),
+            other => Self::undecided(epoch, other),
+        }
+    }
+
+    fn stopping(&self, epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
+        match input {
+            Input::Streamed => (
+                Some(State::Relinquishing {
+                    epoch,
+                    written: false,
+                    prepared: false,
+                }),
+                vec![Action::Write(Durable::Relinquished { epoch })],
+            ),
+            other => Self::undecided(epoch, other),
+        }
+    }
+
+    fn relinquishing(&self, epoch: Epoch, written: bool, prepared: bool, input: Input) -> (Option<State>, Vec<Action>) {
+        let (written, prepared) = match input {
+            Input::Written => (true, prepared),
+            Input::Prepared { epoch: e } if e == epoch => (written, true),
+            // All of its state is out: the shadow is what is left of the VM, and takes over as soon as it has loaded.
+            Input::PrimaryGone => return (None, Vec::new()),
+            Input::MigrationFailed(_) if self.primary_gone => return (None, Vec::new()),
+            other => return Self::undecided(epoch, other),
+        };
+        match (written && prepared, self.primary_gone) {
+            (true, false) => (Some(State::Shutting { epoch }), vec![Action::Shut]),
+            (true, true) => (Some(State::Committing { epoch }), vec![Action::Commit { epoch }]),
+            (false, _) => (
+                Some(State::Relinquishing {
+                    epoch,
+                    written,
+                    prepared,
+                }),
+                Vec::new(),
+            ),
+        }
+    }
+
+    /// The target was told of the epoch, and QEMU was not told SHUT(0): whatever goes wrong, the primary runs on.
+    fn undecided(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
+        let error = match input {
+            Input::Release => Some(Refusal::new(RefusalCode::WrongPhase, "released while switching")),
+            other => why_over(other),
+        };
+        match error {
+            Some(error) => Self::end(error, Some(epoch)),
+            None => (None, Vec::new()),
+        }
+    }
+
+    fn shutting(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
+        match input {
+            Input::Completed | Input::PrimaryGone => {
+                (Some(State::Committing { epoch }), vec![Action::Commit { epoch }])
+            }
+            Input::MigrationFailed(why) => Self::end(qemu_says(why), Some(epoch)),
+            _ => (None, Vec::new()),
+        }
+    }
+
+    fn committing(&self, epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
+        match input {
+            Input::Running { epoch: e } if e == epoch => (
+                Some(State::HandedOver { epoch }),
+                vec![Action::Write(Durable::HandedOver { epoch })],
+            ),
+            Input::Prepared { epoch: e } if e == epoch => {
+                (Some(State::Committing { epoch }), vec![Action::Commit { epoch }])
+            }
+            Input::Aborted { epoch: e } if e == epoch && self.primary_gone => {
+                let lost = Refusal::new(
+                    RefusalCode::PeerRefused,
+                    "the primary's process is gone and the target has discarded the shadow",
+                );
+                (
+                    Some(State::Ended { error: Some(lost) }),
+                    vec![Action::Write(Durable::Released)],
+                )
+            }
+            Input::Aborted { epoch: e } if e == epoch => (
+                Some(State::TakingBack { epoch }),
+                vec![Action::Write(Durable::Released)],
+            ),
+            Input::LinkLost(_) | Input::Refused(_) | Input::Failed(_) | Input::TimedOut => {
+                (Some(State::Resolving { epoch }), vec![Action::Resolve { epoch }])
+            }
+            _ => (None, Vec::new()),
+        }
+    }
+
+    fn taking_back(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
+        let error = || {
+            let detail =
+                format!("the target aborted epoch {epoch} after the primary had been stopped; the primary was resumed");
+            Some(Refusal::new(RefusalCode::PeerRefused, detail))
+        };
+        match input {
+            Input::Written => (None, vec![Action::TakeBack]),
+            Input::TakenBack | Input::PrimaryGone => (Some(State::Ended { error: error() }), Vec::new()),
+            _ => (None, Vec::new()),
+        }
+    }
+
+    /// The primary runs on; the target, if it was told of an epoch, is told that it is off.
+    fn end(error: Refusal, epoch: Option<Epoch>) -> (Option<State>, Vec<Action>) {
+        let mut actions = vec![Action::Abandon, Action::Write(Durable::Released)];
+        match epoch {
+            Some(epoch) => actions.push(Action::Abort { epoch }),
+            None => actions.push(Action::Goodbye {
+                reason: error.to_string(),
+            }),
+        }
+        (Some(State::Ended { error: Some(error) }), actions)
+    }
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn qemu_says(why: String) -> Refusal {
+    Refusal::new(RefusalCode::QmpUnavailable, why)
+}
+
+/// Inputs that end a protection whose primary still runs.
+fn why_over(input: Input) -> Option<Refusal> {
+    match input {
+        Input::Refused(r) => Some(Refusal::new(RefusalCode::PeerRefused, r.to_string())),
+        Input::Failed(r) => Some(r),
+        Input::LinkLost(why) => Some(Refusal::new(RefusalCode::PeerUnreachable, why)),
+        Input::MigrationFailed(why) => Some(qemu_says(why)),
+        Input::PrimaryGone => Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited")),
+        Input::TimedOut => Some(Refusal::new(
+            RefusalCode::PeerUnreachable,
+            "the switchover took too long",
+        )),
+        Input::Aborted { epoch } => Some(Refusal::new(
+            RefusalCode::PeerRefused,
+            format!("the target aborted epoch {epoch}"),
+        )),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const E: Epoch = Epoch(7);
+
+    fn standby() -> Machine {
+        let mut m = Machine::new();
+        assert!(m.apply(Input::Seeded).is_empty());
+        m
+    }
+
+    fn run(m: &mut Machine, inputs: &[Input]) -> Vec<Action> {
+        inputs.iter().flat_map(|i| m.apply(i.clone())).collect()
+    }
+
+    #[test]
+    fn the_straight_way_gives_up_on_disk_before_qemu_and_commits_last() {
+        let mut m = standby();
+        let way = [
+            Input::Switchover { epoch: E },
+            Input::Written,
+            Input::Streamed,
+            Input::Written,
+            Input::Prepared { epoch: E },
+            Input::Completed,
+            Input::Running { epoch: E },
+        ];
+        assert_eq!(
+            run(&mut m, &way),
+            [
+                Action::Write(Durable::Preparing { epoch: E }),
+                Action::Stop { epoch: E },
+                Action::Write(Durable::Relinquished { epoch: E }),
+                Action::Shut,
+                Action::Commit { epoch: E },
+                Action::Write(Durable::HandedOver { epoch: E }),
+            ]
+        );
+        assert_eq!(m.phase(), Phase::Relinquished);
+    }
+
+    #[test]
+    fn before_the_relinquishment_every_fault_lets_the_primary_run_on() {
+        let faults = [
+            Input::LinkLost("cut".into()),
+            Input::Refused(Refusal::new(RefusalCode::Local, "disk full")),
+            Input::TimedOut,
+            Input::MigrationFailed("failed".into()),
+            Input::Aborted { epoch: E },
+        ];
+        for before in 0..=4 {
+            for fault in &faults {
+                let mut m = standby();
+                let way = [
+                    Input::Switchover { epoch: E },
+                    Input::Written,
+                    Input::Streamed,
+                    Input::Written,
+                ];
+                run(&mut m, &way[..before]);
+                let actions = m.apply(fault.clone());
+                assert!(
+                    actions.contains(&Action::Abandon),
+                    "{fault:?} after {before}: {actions:?}"
+                );
+                assert!(!actions.contains(&Action::Shut));
+                assert_eq!(m.phase(), Phase::Released);
+            }
+        }
+    }
+
+    #[test]
+    fn after_the_commit_only_a_durable_abort_brings_the_primary_back() {
+        let mut m = standby();
+        run(
+            &mut m,
+            &[
+                Input::Switchover { epoch: E },
+                Input::Written,
+                Input::Streamed,
+                Input::Prepared { epoch: E },
+            ],
+        );
+        assert_eq!(m.apply(Input::Written), [Action::Shut]);
+        m.apply(Input::Completed);
+        assert_eq!(m.apply(Input::LinkLost("cut".into())), [Action::Resolve { epoch: E }]);
+        assert_eq!(m.apply(Input::Aborted { epoch: Epoch(3) }), []);
+        assert_eq!(m.apply(Input::Prepared { epoch: E }), [Action::Commit { epoch: E }]);
+        assert_eq!(m.apply(Input::Aborted { epoch: E }), [Action::Write(Durable::Released)]);
+        assert_eq!(m.apply(Input::Written), [Action::TakeBack]);
+        m.apply(Input::TakenBack);
+        assert_eq!(m.phase(), Phase::Released);
+    }
+
+    #[test]
+    fn a_primary_that_dies_while_stopped_is_replaced_by_the_prepared_shadow() {
+        let mut m = standby();
+        run(
+            &mut m,
+            &[
+                Input::Switchover { epoch: E },
+                Input::Written,
+                Input::Streamed,
+                Input::Written,
+            ],
+        );
+        assert_eq!(
+            run(&mut m, &[Input::PrimaryGone, Input::MigrationFailed("closed".into())]),
+            []
+        );
+        assert_eq!(m.apply(Input::Prepared { epoch: E }), [Action::Commit { epoch: E }]);
+
+        let mut m = standby();
+        run(&mut m, &[Input::Switchover { epoch: E }, Input::Written]);
+        assert!(m.apply(Input::PrimaryGone).contains(&Action::Abort { epoch: E }));
+        assert_eq!(m.phase(), Phase::Failed);
+    }
+
+    #[test]
+    fn a_restart_follows_the_disk_and_the_primary() {
+        let (m, a) = Machine::resume(Durable::Preparing { epoch: E }, false, false);
+        assert_eq!(a, [Action::Write(Durable::Released), Action::Abort { epoch: E }]);
+        assert_eq!(m.phase(), Phase::Released);
+        let (m, a) = Machine::resume(Durable::Relinquished { epoch: E }, true, false);
+        assert_eq!(
+            (m.state, a),
+            (State::Resolving { epoch: E }, vec![Action::Resolve { epoch: E }])
+        );
+        let (_, a) = Machine::resume(Durable::Relinquished { epoch: E }, false, false);
+        assert!(a.contains(&Action::Abort { epoch: E }));
+    }
+}

@@ -1,0 +1,261 @@
+//! Carries the migration stream from QEMU's socket to the link: reads, parses, packs, sends, and rests between rounds.
+//! One thread, blocking: what it waits for is either QEMU, the link, or the end of a rest.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use umbra_api::wire::frame::{Kind, RoundEnd};
+
+use super::machine::Input;
+use super::session::Event;
+use crate::encode::Encoder;
+use crate::link::{FrameWriter, LinkError};
+use crate::pacing::{Action, Pacer, Round, Settings};
+use crate::stream::{self, Limits, Parser, StreamError, return_path};
+
+/// As much as is read at once. Larger than a socket's buffer, so that one read empties it.
+const READ_BYTES: usize = 1 << 20;
+
+/// What the driver tells the pump, and what both count.
+#[derive(Default)]
+pub struct Shared {
+    hurry: Mutex<bool>,
+    hurried: Condvar,
+    /// QEMU's `dirty-sync-count`, which the driver asks for while the first pass goes on.
+    pub syncs: AtomicU64,
+    /// Bytes of guest RAM read so far, in the first pass.
+    pub seeded_bytes: AtomicU64,
+    pub wire_bytes: AtomicU64,
+}
+
+impl Shared {
+    /// Ends a rest, and all further ones.
+    pub fn hurry(&self) {
+        *self.hurry.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.hurried.notify_all();
+    }
+
+    fn is_hurried(&self) -> bool {
+        *self.hurry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rest(&self, time: Duration) {
+        let guard = self.hurry.lock().unwrap_or_else(PoisonError::into_inner);
+        // A wake-up for another reason only makes the rest shorter.
+        let _ = self.hurried.wait_timeout_while(guard, time, |hurried| !*hurried);
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum PumpError {
+    #[error("migration stream: {0}")]
+    Stream(#[from] StreamError),
+    #[error("{0}")]
+    Link(String),
+    #[error("QEMU's migration socket: {0}")]
+    Qemu(io::Error),
+    #[error("QEMU closed the migration")]
+    Closed,
+    #[error("packing pages: {0}")]
+    Pack(io::Error),
+}
+
+impl From<LinkError> for PumpError {
+    fn from(e: LinkError) -> Self {
+        Self::Link(crate::chain(&e))
+    }
+}
+
+pub struct Pump {
+    pub socket: UnixStream,
+    pub ram: FrameWriter<TcpStream>,
+    pub level: i32,
+    pub pacing: Settings,
+    pub shared: Arc<Shared>,
+    pub events: Sender<Event>,
+}
+
+impl Pump {
+    /// Runs until the stream is complete or something fails; either is told as an [`Input`].
+    pub fn run(self) {
+        let events = self.events.clone();
+        let input = match self.carry() {
+            Ok(()) => Input::Streamed,
+            Err(e @ PumpError::Link(_)) => Input::LinkLost(e.to_string()),
+            Err(e) => Input::MigrationFailed(e.to_string()),
+        };
+        // The driver may be gone already: then nobody needs to know.
+        let _ = events.send(Event::Input(input));
+    }
+
+    fn carry(self) -> Result<(), PumpError> {
+        let mut socket = self.socket;
+        let mut parser = Parser::new(Limits::default());
+        let mut out = Out {
+            encoder: Encoder::new(self.level).map_err(PumpError::Pack)?,
+            ram: self.ram,
+            pacer: Pacer::new(self.pacing, Instant::now()),
+            shared: self.shared,
+            events: self.events,
+            answers: socket.try_clone().map_err(PumpError::Qemu)?,
+            rest: None,
+            complete: false,
+        };
+        let mut buffer = vec![0; READ_BYTES];
+        let mut received = 0;
+        while !out.complete {
+            let n = match socket.read(&mut buffer) {
+                Ok(0) => return Err(PumpError::Closed),
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(PumpError::Qemu(e)),
+            };
+            received += n as u64;
+            parser.push(buffer.get(..n).unwrap_or_default(), &mut |e| out.event(e))?;
+            out.between_reads(&socket, received)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the parsed stream goes.
+struct Out {
+    encoder: Encoder,
+    ram: FrameWriter<TcpStream>,
+    pacer: Pacer,
+    shared: Arc<Shared>,
+    events: Sender<Event>,
+    /// The same socket: what QEMU is answered.
+    answers: UnixStream,
+    rest: Option<Duration>,
+    complete: bool,
+}
+
+impl Out {
+    fn event(&mut self, event: stream::Event<'_>) -> Result<(), PumpError> {
+        match event {
+            stream::Event::Page { block, page, data } => self.page(block, page, Some(data)),
+            stream::Event::Zero { block, page } => self.page(block, page, None),
+            stream::Event::Section(section) => {
+                let action = self.pacer.section(section, Instant::now());
+                self.paced(action)
+            }
+            stream::Event::Setup(setup) => {
+                let payload = setup.encode().map_err(|e| PumpError::Stream(e.into()))?;
+                self.ram.send(Kind::Setup, &payload)?;
+                let _ = self.events.send(Event::Setup {
+                    ram_bytes: setup.ram_bytes(),
+                });
+                Ok(())
+            }
+            stream::Event::Ping(n) => self.answers.write_all(&return_path::pong(n)).map_err(PumpError::Qemu),
+            stream::Event::Device(bytes) => {
+                for piece in bytes.chunks(Kind::DeviceState.max_len() as usize) {
+                    self.ram.send(Kind::DeviceState, piece)?;
+                }
+                Ok(())
+            }
+            stream::Event::Complete { device_bytes } => {
+                self.ram.send(Kind::StreamEnd, &device_bytes.to_le_bytes())?;
+                let _ = self.events.send(Event::DeviceBytes(device_bytes));
+                self.complete = true;
+                self.count();
+                Ok(())
+            }
+        }
+    }
+
+    fn page(&mut self, block: u16, page: u64, data: Option<&stream::Page>) -> Result<(), PumpError> {
+        let ram = &mut self.ram;
+        let mut send = |payload: &[u8]| {
+            ram.send(Kind::Pages, payload)
+                .map_err(|e| io::Error::other(crate::chain(&e)))
+        };
+        self.encoder
+            .page(block, page, data, &mut send)
+            .map_err(|e| PumpError::Link(e.to_string()))
+    }
+
+    fn paced(&mut self, action: Action) -> Result<(), PumpError> {
+        match action {
+            Action::KeepReading => Ok(()),
+            Action::NotConverging(round) => {
+                let _ = self.events.send(Event::NotConverging(round));
+                Ok(())
+            }
+            Action::RoundDone { round, rest } => {
+                self.end_round(round)?;
+                self.rest = Some(rest);
+                let _ = self.events.send(Event::Round(round));
+                Ok(())
+            }
+            Action::RamDone(round) => {
+                self.end_round(round)?;
+                let _ = self.events.send(Event::RamDone(round));
+                Ok(())
+            }
+        }
+    }
+
+    fn end_round(&mut self, round: Round) -> Result<(), PumpError> {
+        let ram = &mut self.ram;
+        let mut send = |payload: &[u8]| {
+            ram.send(Kind::Pages, payload)
+                .map_err(|e| io::Error::other(crate::chain(&e)))
+        };
+        self.encoder
+            .flush(&mut send)
+            .map_err(|e| PumpError::Link(e.to_string()))?;
+        let end = RoundEnd {
+            round: round.number,
+            pages: round.pages,
+        };
+        self.ram.send(Kind::RoundEnd, &end.encode())?;
+        self.count();
+        Ok(())
+    }
+
+    fn count(&self) {
+        self.shared.wire_bytes.store(self.ram.bytes(), Ordering::Relaxed);
+    }
+
+    /// Tells the pacer what it can't see by itself, and rests if a round has ended.
+    fn between_reads(&mut self, socket: &UnixStream, received: u64) -> Result<(), PumpError> {
+        if self.pacer.is_seeding() {
+            self.count();
+            let stats = self.encoder.stats();
+            let seen = (stats.pages + stats.zeros) * stream::items::PAGE_SIZE as u64;
+            self.shared.seeded_bytes.store(seen, Ordering::Relaxed);
+            let syncs = self.shared.syncs.load(Ordering::Acquire);
+            self.pacer.synced(syncs, received + waiting(socket)?);
+        }
+        if let Some(time) = self.rest.take() {
+            if !self.shared.is_hurried() {
+                self.shared.rest(time);
+            }
+            match self.shared.is_hurried() {
+                true => self.pacer.hurry(Instant::now()),
+                false => self.pacer.woke(received + waiting(socket)?, Instant::now()),
+            }
+        } else if self.shared.is_hurried() {
+            self.pacer.hurry(Instant::now());
+        }
+        Ok(())
+    }
+}
+
+nix::ioctl_read_bad!(fionread, nix::libc::FIONREAD, nix::libc::c_int);
+
+/// Bytes that wait in the socket.
+fn waiting(socket: &UnixStream) -> Result<u64, PumpError> {
+    let mut n = 0;
+    // SAFETY: FIONREAD writes one int, and `n` is one that lives across the call.
+    unsafe { fionread(socket.as_raw_fd(), &mut n) }.map_err(|e| PumpError::Qemu(e.into()))?;
+    Ok(n.max(0) as u64)
+}

@@ -1,0 +1,674 @@
+//! Drives one protection on the source: turns what happens into the machine's inputs, and carries out its actions.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use umbra_api::order::{Pacing, Refusal, RefusalCode};
+use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, SwitchoverReport};
+use umbra_api::wire::control::{Message, ShadowSpec};
+use umbra_api::{Epoch, HostId, VmId};
+
+use super::control::{Control, Timeouts};
+use super::machine::{Action, Durable, Input, Machine, State};
+use super::migration::{Migration, Primary, ask_primary};
+use super::pump::{Pump, Shared};
+use crate::engine::{Core, unix_ms};
+use crate::pacing::{Round, Settings};
+use crate::proc::ProcessId;
+use crate::qmp::Client;
+
+/// While the first pass goes on, QEMU is asked how far it is.
+const SEEDING_TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(500);
+const PING_EVERY: Duration = Duration::from_secs(1);
+const RETRY_EVERY: Duration = Duration::from_millis(500);
+/// How long a target that can't be reached is told of an abort. Later it is told by the next 'hello', or by an operator.
+const ABORT_FOR: Duration = Duration::from_secs(60);
+
+/// What happens to a session.
+#[derive(Debug)]
+pub enum Event {
+    Input(Input),
+    Setup {
+        ram_bytes: u64,
+    },
+    Round(Round),
+    NotConverging(Round),
+    RamDone(Round),
+    DeviceBytes(u64),
+    /// The guest was stopped, by QEMU's clock.
+    Stopped {
+        unix_us: i64,
+    },
+    GuestShutdown,
+    QmpClosed,
+    Said {
+        message: Message,
+        generation: u64,
+    },
+    ControlLost {
+        why: String,
+        generation: u64,
+    },
+}
+
+/// What the engine holds of a session.
+pub struct Handle {
+    pub events: Sender<Event>,
+    pub status: Arc<Mutex<ReplicaStatus>>,
+    pub thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Handle {
+    pub fn status(&self) -> ReplicaStatus {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Points in time of a switchover, on this process's clock but for the guest's stop.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    ordered: Option<Instant>,
+    stopped: Option<Instant>,
+    stopped_unix_us: i64,
+    ram_done: Option<Instant>,
+    streamed: Option<Instant>,
+    written: Option<Instant>,
+    prepared: Option<Instant>,
+    shut: Option<Instant>,
+    committed: Option<Instant>,
+}
+
+/// What a new protection begins with.
+pub struct Plan {
+    pub vm: VmId,
+    pub name: String,
+    pub epoch: Epoch,
+    pub peer: HostId,
+    pub link: String,
+    pub pacing: Pacing,
+    pub process: ProcessId,
+    /// Of a switchover that ended before a restart.
+    pub report: Option<SwitchoverReport>,
+}
+
+pub struct Session {
+    core: Arc<Core>,
+    plan: Plan,
+    machine: Machine,
+    status: Arc<Mutex<ReplicaStatus>>,
+    sender: Sender<Event>,
+    events: Receiver<Event>,
+    qmp: Option<Client>,
+    migration: Option<Migration>,
+    pump: Arc<Shared>,
+    control: Option<Control>,
+    generation: u64,
+    progress: Progress,
+    started: Instant,
+    last_round: Option<Instant>,
+    pinged: Instant,
+    times: Times,
+    report: SwitchoverReport,
+    give_up_at: Option<Instant>,
+    resolve_at: Option<Instant>,
+    take_back_at: Option<Instant>,
+    /// An epoch that the target must still be told to be off, the next attempt, and the last.
+    abort: Option<(Epoch, Instant, Instant)>,
+}
+
+impl Session {
+    /// Starts the thread of a new protection.
+    pub fn start(core: Arc<Core>, plan: Plan, qmp: Client, spec: ShadowSpec) -> std::io::Result<Handle> {
+        let session = Self::new(core, plan, Machine::new(), Some(qmp));
+        session.spawn(move |s| s.begin(spec))
+    }
+
+    /// Goes on after a restart of the replicator, from what is on disk.
+    pub fn resume(core: Arc<Core>, plan: Plan, durable: Durable, qmp: Option<Client>) -> std::io::Result<Handle> {
+        let session = Self::new(core, plan, Machine::new(), qmp);
+        session.spawn(move |s| s.recover(durable))
+    }
+
+    fn new(core: Arc<Core>, plan: Plan, machine: Machine, qmp: Option<Client>) -> Self {
+        let (sender, events) = channel();
+        let status = ReplicaStatus {
+            vm: plan.vm,
+            name: plan.name.clone(),
+            role: Role::Source,
+            peer: plan.peer.clone(),
+            epoch: plan.epoch,
+            phase: Phase::Provisioning,
+            since: unix_ms(),
+            tier: None,
+            progress: Progress::default(),
+            report: plan.report,
+            error: None,
+        };
+        let now = Instant::now();
+        Self {
+            core,
+            plan,
+            machine,
+            status: Arc::new(Mutex::new(status)),
+            sender,
+            events,
+            qmp,
+            migration: None,
+            pump: Arc::default(),
+            control: None,
+            generation: 0,
+            progress: Progress::default(),
+            started: now,
+            last_round: None,
+            pinged: now,
+            times: Times::default(),
+            report: SwitchoverReport::default(),
+            give_up_at: None,
+            resolve_at: None,
+            take_back_at: None,
+            abort: None,
+        }
+    }
+
+    fn spawn(mut self, begin: impl FnOnce(&mut Self) + Send + 'static) -> std::io::Result<Handle> {
+        let (events, status) = (self.sender.clone(), self.status.clone());
+        let run = move || {
+            begin(&mut self);
+            self.run();
+        };
+        let thread = std::thread::Builder::new().name("source".into()).spawn(run)?;
+        Ok(Handle {
+            events,
+            status,
+            thread: Some(thread),
+        })
+    }
+
+    fn times(&self) -> Timeouts {
+        let link = &self.core.config.link;
+        Timeouts {
+            connect: Duration::from_millis(link.connect_timeout_ms),
+            silence: Duration::from_millis(link.silence_ms),
+        }
+    }
+
+    fn begin(&mut self, spec: ShadowSpec) {
+        if let Err(refusal) = self.open(spec) {
+            tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
+            self.input(Input::Failed(refusal));
+        } else {
+            self.publish();
+        }
+    }
+
+    /// Hello, ram connection, migration, in the order in which they can still be refused at no cost for the guest.
+    fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
+        let plan = &self.plan;
+        let hello = Message::Hello {
+            vm: plan.vm,
+            name: plan.name.clone(),
+            epoch: plan.epoch,
+            host: self.core.config.host.clone(),
+            spec: Box::new(spec),
+        };
+        let (link, session) = Control::hello(&plan.link, self.times(), &hello)?;
+        self.control = Some(Control::listen(
+            link,
+            self.times(),
+            self.generation,
+            self.sender.clone(),
+        )?);
+        let ram = Control::attach(&plan.link, self.times(), session)?;
+        let qmp = self
+            .qmp
+            .clone()
+            .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
+        let (migration, socket) = Migration::start(&qmp, &self.sender)?;
+        self.migration = Some(migration);
+        let pump = Pump {
+            socket,
+            ram,
+            level: self.core.config.link.zstd_level,
+            pacing: Settings {
+                rest: Duration::from_millis(plan.pacing.round_ms),
+                ..Settings::default()
+            },
+            shared: self.pump.clone(),
+            events: self.sender.clone(),
+        };
+        std::thread::Builder::new()
+            .name("pump".into())
+            .spawn(move || pump.run())
+            .map_err(|e| Refusal::new(RefusalCode::Local, format!("no thread for the pages: {e}")))?;
+        self.started = Instant::now();
+        Ok(())
+    }
+
+    /// After a restart: what the disk says, checked against the primary.
+    fn recover(&mut self, durable: Durable) {
+        let primary = ask_primary(self.plan.process, self.qmp.as_ref());
+        let primary = primary.unwrap_or_else(|e| {
+            tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
+            Primary::Stopped
+        });
+        let (machine, actions) = Machine::resume(durable, primary == Primary::Stopped, primary == Primary::Gone);
+        self.machine = machine;
+        self.perform(actions);
+        self.publish();
+    }
+
+    fn run(mut self) {
+        while !self.is_done() {
+            let tick = match self.machine.state {
+                State::Seeding => SEEDING_TICK,
+                _ => TICK,
+            };
+            match self.events.recv_timeout(tick) {
+                Ok(event) => self.event(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.tick(Instant::now());
+        }
+        self.publish();
+    }
+
+    fn is_done(&self) -> bool {
+        self.machine.is_over() && self.abort.is_none()
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Input(input) => self.fate(input),
+            Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
+            Event::Round(round) => self.round(round),
+            Event::NotConverging(round) => {
+                tracing::warn!(vm = %self.plan.vm, pages = round.pages, took = ?round.took, "the round does not end");
+                self.progress.lag_pages = round.pages;
+            }
+            Event::RamDone(round) => {
+                self.times.ram_done = Some(Instant::now());
+                self.report.last_pass_pages = round.pages;
+            }
+            Event::DeviceBytes(n) => self.report.device_state_bytes = n,
+            Event::Stopped { unix_us } => {
+                self.times.stopped = Some(Instant::now());
+                self.times.stopped_unix_us = unix_us;
+            }
+            Event::GuestShutdown => tracing::info!(vm = %self.plan.vm, "the guest shuts down"),
+            Event::QmpClosed => self.qmp_closed(),
+            Event::Said { message, generation } if generation == self.generation => self.said(message),
+            Event::ControlLost { why, generation } if generation == self.generation => {
+                self.control = None;
+                self.input(Input::LinkLost(why));
+            }
+            // From a connection that was replaced.
+            Event::Said { .. } | Event::ControlLost { .. } => {}
+        }
+    }
+
+    /// Inputs from outside of the driver, with what must be noted or checked at that moment.
+    fn fate(&mut self, input: Input) {
+        match &input {
+            Input::Switchover { .. } => self.times.ordered = Some(Instant::now()),
+            Input::Streamed if !matches!(self.machine.state, State::Stopping { .. }) => {
+                let why = "the migration completed unasked: somebody stopped the VM";
+                return self.input(Input::MigrationFailed(why.into()));
+            }
+            Input::Streamed => self.times.streamed = Some(Instant::now()),
+            Input::MigrationFailed(_) if self.is_primary_gone() => self.input(Input::PrimaryGone),
+            _ => {}
+        }
+        self.input(input);
+    }
+
+    fn is_primary_gone(&self) -> bool {
+        self.qmp.as_ref().is_none_or(Client::is_closed) && gone_soon(self.plan.process)
+    }
+
+    fn qmp_closed(&mut self) {
+        match gone_soon(self.plan.process) {
+            true => self.input(Input::PrimaryGone),
+            false => self.input(Input::MigrationFailed("QEMU closed its QMP connection".into())),
+        }
+    }
+
+    fn round(&mut self, round: Round) {
+        let now = Instant::now();
+        if round.number == 0 {
+            self.progress.seed_ms = Some(self.started.elapsed().as_millis() as u64);
+            tracing::info!(vm = %self.plan.vm, took = ?self.started.elapsed(), pages = round.pages, "seeded");
+        } else {
+            let since = self.last_round.map_or(round.took, |t| now - t);
+            self.progress.dirty_pages_per_s = (round.pages as f64 / since.as_secs_f64().max(1e-3)) as u64;
+        }
+        self.last_round = Some(now);
+        self.progress.rounds = round.number;
+        self.progress.lag_pages = round.pages;
+    }
+
+    fn said(&mut self, message: Message) {
+        match message {
+            Message::RoundDone { round: 0 } => self.input(Input::Seeded),
+            Message::RoundDone { .. } | Message::Pong { .. } => {}
+            Message::Prepared { epoch, load_us } => {
+                self.times.prepared = Some(Instant::now());
+                self.report.load_us = load_us;
+                self.input(Input::Prepared { epoch });
+            }
+            Message::Running {
+                epoch,
+                resume_unix_us,
+                resume_us,
+            } => {
+                self.conclude(epoch, resume_unix_us, resume_us);
+                self.input(Input::Running { epoch });
+            }
+            Message::Aborted { epoch } => {
+                self.abort = None;
+                self.input(Input::Aborted { epoch });
+            }
+            Message::Refused { refusal } => self.input(Input::Refused(refusal)),
+            Message::Goodbye { reason } => self.input(Input::LinkLost(format!("the target says goodbye: {reason}"))),
+            other => self.input(Input::LinkLost(format!(
+                "the target said {other:?}, which makes no sense here"
+            ))),
+        }
+        self.publish();
+    }
+
+    fn input(&mut self, input: Input) {
+        tracing::debug!(vm = %self.plan.vm, ?input, state = ?self.machine.state);
+        let actions = self.machine.apply(input);
+        self.perform(actions);
+    }
+
+    /// Carries out actions in order; what they lead to comes behind them.
+    fn perform(&mut self, actions: Vec<Action>) {
+        let mut queue = VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            tracing::debug!(vm = %self.plan.vm, ?action);
+            if let Some(input) = self.act(action) {
+                queue.extend(self.machine.apply(input));
+            }
+        }
+        self.publish();
+    }
+
+    fn act(&mut self, action: Action) -> Option<Input> {
+        match action {
+            Action::Write(durable) => self.write(durable),
+            Action::Stop { epoch } => self.stop(epoch),
+            Action::Shut => {
+                let shut = self.migration.as_ref().map_or(Ok(()), Migration::shut);
+                self.times.shut = Some(Instant::now());
+                // If QEMU is gone or has given up, it says so itself.
+                shut.err().and_then(|e| {
+                    tracing::warn!(vm = %self.plan.vm, "SHUT: {e}");
+                    None
+                })
+            }
+            Action::Commit { epoch } => {
+                self.times.committed = Some(Instant::now());
+                self.give_up_at = Some(Instant::now() + self.times().silence);
+                self.say(&Message::Commit { epoch })
+            }
+            Action::Abort { epoch } => {
+                let now = Instant::now();
+                self.abort = Some((epoch, now + RETRY_EVERY, now + ABORT_FOR));
+                self.say(&Message::Abort { epoch }).and(None)
+            }
+            Action::Abandon => {
+                self.give_up_at = None;
+                if let Some(Err(why)) = self.migration.take().map(|m| m.abandon()) {
+                    tracing::error!(vm = %self.plan.vm, "the migration's end is not known: {why}");
+                }
+                None
+            }
+            Action::Resolve { .. } => {
+                self.give_up_at = None;
+                self.resolve_at = Some(Instant::now());
+                None
+            }
+            Action::TakeBack => self.take_back(),
+            Action::Goodbye { reason } => self.say(&Message::Goodbye { reason }).and(None),
+        }
+    }
+
+    fn say(&mut self, message: &Message) -> Option<Input> {
+        let Some(control) = self.control.as_mut() else {
+            return Some(Input::LinkLost("there is no control connection".into()));
+        };
+        control.send(message).err().map(|e| Input::LinkLost(crate::chain(&e)))
+    }
+
+    fn write(&mut self, durable: Durable) -> Option<Input> {
+        let report = self.report;
+        let written = self.core.journal.update(self.plan.vm, |r| {
+            if let Durable::Preparing { epoch } | Durable::Relinquished { epoch } = durable {
+                r.epoch = r.epoch.max(epoch);
+            }
+            let Some(source) = r.source.as_mut() else { return };
+            source.durable = durable;
+            if let Durable::HandedOver { .. } = durable {
+                source.report = Some(report);
+                // The shadow that this VM once was here is now the stopped primary's.
+                source.leftover = r.target.take().and_then(|t| t.shadow).or(source.leftover.take());
+            }
+        });
+        match written {
+            Ok(()) => {
+                self.times.written = Some(Instant::now());
+                Some(Input::Written)
+            }
+            Err(e) => {
+                tracing::error!(vm = %self.plan.vm, ?durable, "journal: {e}");
+                Some(Input::Failed(Refusal::new(RefusalCode::Local, e.to_string())))
+            }
+        }
+    }
+
+    fn stop(&mut self, epoch: Epoch) -> Option<Input> {
+        let time = Duration::from_millis(self.core.config.switchover.timeout_ms);
+        self.give_up_at = Some(Instant::now() + time);
+        if let Some(lost) = self.say(&Message::Prepare { epoch }) {
+            return Some(lost);
+        }
+        let acknowledged = self.migration.as_ref().map_or(Ok(()), Migration::acknowledge);
+        self.pump.hurry();
+        acknowledged
+            .err()
+            .map(|e| Input::MigrationFailed(format!("QEMU's migration socket: {e}")))
+    }
+
+    fn take_back(&mut self) -> Option<Input> {
+        let Some(qmp) = self.qmp.as_ref() else {
+            return Some(Input::PrimaryGone);
+        };
+        match qmp.execute("cont", Value::Null) {
+            Ok(_) => Some(Input::TakenBack),
+            Err(_) if gone_soon(self.plan.process) => Some(Input::PrimaryGone),
+            Err(e) => {
+                tracing::error!(vm = %self.plan.vm, "the primary can't be resumed, trying again: {e}");
+                self.take_back_at = Some(Instant::now() + RETRY_EVERY);
+                None
+            }
+        }
+    }
+
+    /// What is due by time.
+    fn tick(&mut self, now: Instant) {
+        if self.machine.state == State::Seeding {
+            self.ask_syncs();
+        }
+        if self.give_up_at.is_some_and(|t| t <= now) {
+            self.give_up_at = None;
+            self.input(Input::TimedOut);
+        }
+        if self.resolve_at.is_some_and(|t| t <= now) {
+            self.resolve_at = Some(now + RETRY_EVERY);
+            self.resolve();
+        }
+        if self.take_back_at.is_some_and(|t| t <= now) {
+            self.take_back_at = None;
+            self.perform(vec![Action::TakeBack]);
+        }
+        if self.abort.is_some_and(|(_, t, _)| t <= now) {
+            self.tell_abort(now);
+        }
+        if now - self.pinged >= PING_EVERY {
+            self.pinged = now;
+            if self.control.is_some()
+                && let Some(lost) = self.say(&Message::Ping { n: self.generation })
+            {
+                self.input(lost);
+            }
+            self.publish();
+        }
+    }
+
+    fn ask_syncs(&mut self) {
+        match self.migration.as_ref().map(Migration::dirty_sync_count) {
+            Some(Ok(n)) => self.pump.syncs.store(n, Ordering::Release),
+            Some(Err(e)) => tracing::debug!(vm = %self.plan.vm, "query-migrate: {e}"),
+            None => {}
+        }
+    }
+
+    /// Asks the target how the epoch ended. Its answer's connection becomes the control connection.
+    fn resolve(&mut self) {
+        let State::Resolving { epoch } = self.machine.state else {
+            self.resolve_at = None;
+            return;
+        };
+        let question = Message::Resolve {
+            vm: self.plan.vm,
+            epoch,
+        };
+        match Control::ask(&self.plan.link, self.times(), &question) {
+            Ok((link, answer)) => {
+                self.resolve_at = None;
+                self.generation += 1;
+                match Control::listen(link, self.times(), self.generation, self.sender.clone()) {
+                    Ok(control) => {
+                        self.control = Some(control);
+                        self.said(answer);
+                    }
+                    Err(e) => self.input(Input::LinkLost(e.to_string())),
+                }
+            }
+            Err(e) => {
+                tracing::warn!(vm = %self.plan.vm, %epoch, "the target can't be asked how the switchover ended: {e}");
+                self.set_error(Some(e));
+            }
+        }
+    }
+
+    fn tell_abort(&mut self, now: Instant) {
+        let Some((epoch, _, last)) = self.abort else { return };
+        let told = Control::ask(
+            &self.plan.link,
+            self.times(),
+            &Message::Resolve {
+                vm: self.plan.vm,
+                epoch,
+            },
+        )
+        .and_then(|(mut link, answer)| match answer {
+            Message::Aborted { .. } => Ok(true),
+            _ => {
+                link.writer
+                    .send_message(&Message::Abort { epoch })
+                    .map_err(|e| super::control::unreachable(&e))?;
+                let heard = link
+                    .reader
+                    .next_message()
+                    .map_err(|e| super::control::unreachable(&e))?;
+                Ok(matches!(heard, Message::Aborted { .. }))
+            }
+        });
+        match told {
+            Ok(true) => self.abort = None,
+            _ if now >= last => {
+                tracing::warn!(vm = %self.plan.vm, %epoch, "the target was not told that the switchover is off");
+                self.abort = None;
+            }
+            _ => self.abort = Some((epoch, now + RETRY_EVERY, last)),
+        }
+    }
+
+    /// Completes the report with what the target says of the resume.
+    fn conclude(&mut self, epoch: Epoch, resume_unix_us: i64, resume_us: u64) {
+        let now = Instant::now();
+        let t = self.times;
+        let us = |from: Option<Instant>, to: Option<Instant>| {
+            from.zip(to)
+                .map_or(0, |(a, b)| b.saturating_duration_since(a).as_micros() as u64)
+        };
+        let stopped_us = match t.stopped_unix_us {
+            0 => 0,
+            stopped => u64::try_from(resume_unix_us - stopped).unwrap_or(0),
+        };
+        self.report = SwitchoverReport {
+            at: unix_ms(),
+            epoch,
+            guest_stopped_us: stopped_us,
+            stopped_to_told_us: us(t.stopped, Some(now)),
+            order_to_told_us: us(t.ordered, Some(now)),
+            last_pass_us: us(t.stopped, t.ram_done),
+            device_state_us: us(t.ram_done, t.streamed),
+            relinquish_us: us(t.streamed, t.written),
+            shut_us: us(t.shut, t.committed),
+            resume_us,
+            wire_bytes: self.pump.wire_bytes.load(Ordering::Relaxed),
+            ..self.report
+        };
+        tracing::info!(
+            vm = %self.plan.vm, %epoch, stopped_ms = stopped_us as f64 / 1e3, report = ?self.report, "handed over"
+        );
+    }
+
+    fn publish(&mut self) {
+        let (report, phase) = (self.report, self.machine.phase());
+        self.progress.seeded_bytes = self.pump.seeded_bytes.load(Ordering::Relaxed);
+        self.progress.wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);
+        self.progress.lag_ms = self.last_round.map_or(0, |t| t.elapsed().as_millis() as u64);
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.progress = self.progress;
+        if status.phase != phase {
+            tracing::info!(vm = %self.plan.vm, from = ?status.phase, to = ?phase, "source");
+            status.phase = phase;
+            status.since = unix_ms();
+        }
+        match &self.machine.state {
+            State::HandedOver { epoch } => {
+                status.epoch = *epoch;
+                status.report = status.report.or((report.epoch == *epoch).then_some(report));
+                status.error = None;
+            }
+            State::Ended { error } => status.error.clone_from(error),
+            _ => {}
+        }
+    }
+
+    fn set_error(&self, error: Option<Refusal>) {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).error = error;
+    }
+}
+
+/// A process whose sockets are closed may need a moment to be gone.
+pub fn gone_soon(id: ProcessId) -> bool {
+    let deadline = Instant::now() + Duration::from_millis(300);
+    while id.alive() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}

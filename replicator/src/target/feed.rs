@@ -1,0 +1,260 @@
+//! The ram connection: applies pages to the shadow's RAM, and feeds its QEMU the stream that lets it resume.
+//!
+//! QEMU gets the stream's beginning while the shadow still waits (after the first pass), so that little is left for the time
+//! in which the guest is stopped: the small pages that changed since, the end of RAM, and the device state.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use umbra_api::wire::WireError;
+use umbra_api::wire::frame::{Kind, RoundEnd};
+use umbra_api::wire::setup::StreamSetup;
+
+use super::machine::Input;
+use super::session::Event;
+use crate::encode::{ApplyError, Decoder};
+use crate::link::{FrameReader, LinkError};
+use crate::qmp::{Client, Mark, QmpError};
+use crate::ram::{RamError, RamFile, ShadowRam};
+use crate::stream::StreamError;
+use crate::synth::Synth;
+
+/// How long a shadow may take to load its device state.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+enum FeedError {
+    #[error("{0}")]
+    Link(String),
+    #[error("page batch: {0}")]
+    Apply(String),
+    #[error("{0}")]
+    Ram(String),
+    #[error("setup: {0}")]
+    Setup(String),
+    #[error("a {kind} frame {when}")]
+    Order { kind: Kind, when: &'static str },
+    #[error("the shadow's QEMU takes no more of its stream: {0}")]
+    Qemu(io::Error),
+}
+
+impl From<LinkError> for FeedError {
+    fn from(e: LinkError) -> Self {
+        Self::Link(crate::chain(&e))
+    }
+}
+
+impl From<ApplyError> for FeedError {
+    fn from(e: ApplyError) -> Self {
+        Self::Apply(crate::chain(&e))
+    }
+}
+
+impl From<RamError> for FeedError {
+    fn from(e: RamError) -> Self {
+        Self::Ram(crate::chain(&e))
+    }
+}
+
+impl From<WireError> for FeedError {
+    fn from(e: WireError) -> Self {
+        Self::Setup(e.to_string())
+    }
+}
+
+impl From<StreamError> for FeedError {
+    fn from(e: StreamError) -> Self {
+        Self::Setup(e.to_string())
+    }
+}
+
+pub struct Feed {
+    /// RAM block and its file.
+    pub files: Vec<(String, PathBuf)>,
+    /// QEMU reads its migration at the other end.
+    pub incoming: OwnedFd,
+    pub qmp: Client,
+    /// Before the migration began.
+    pub mark: Mark,
+    pub events: Sender<Event>,
+}
+
+impl Feed {
+    /// Runs until the shadow has loaded, or the connection ends.
+    pub fn run(self, mut reader: FrameReader<TcpStream>) {
+        let events = self.events.clone();
+        let (qmp, mark) = (self.qmp.clone(), self.mark);
+        let mut intake = Intake {
+            feed: self,
+            decoder: None,
+            shadow: None,
+            seeded: false,
+            finished: false,
+        };
+        let tell = |input| {
+            // The driver may be gone: then the session is over, and nobody needs to know.
+            let _ = events.send(Event::Input(input));
+        };
+        loop {
+            match intake.frame(&mut reader) {
+                Ok(false) => {}
+                Ok(true) => break,
+                Err(e) => return tell(Input::LinkLost(format!("ram connection: {e}"))),
+            }
+        }
+        let streamed = Instant::now();
+        tell(Input::Streamed);
+        // The maps are not needed any more; QEMU has its own.
+        drop(intake.shadow.take());
+        match loaded(&qmp, mark) {
+            Ok(()) => {
+                let _ = events.send(Event::Loaded {
+                    load_us: streamed.elapsed().as_micros() as u64,
+                });
+            }
+            Err(why) => tell(Input::LoadFailed(why)),
+        }
+        // QEMU keeps its end open until it has closed it itself.
+        drop(intake);
+    }
+}
+
+struct Intake {
+    feed: Feed,
+    decoder: Option<Decoder>,
+    shadow: Option<(ShadowRam, Synth)>,
+    seeded: bool,
+    /// The end of RAM was fed: only device state may follow.
+    finished: bool,
+}
+
+impl Intake {
+    /// Takes one frame; true if it was the stream's last.
+    fn frame(&mut self, reader: &mut FrameReader<TcpStream>) -> Result<bool, FeedError> {
+        let (kind, payload) = match reader.next() {
+            Ok(frame) => frame,
+            // A guest that changes nothing sends nothing; a dead peer is noticed on the control connection.
+            Err(LinkError::TimedOut { .. }) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        };
+        match kind {
+            Kind::Setup => self.setup(payload)?,
+            Kind::Pages => {
+                let (ram, _) = self.shadow.as_mut().ok_or(FeedError::Order {
+                    kind,
+                    when: "before the setup",
+                })?;
+                let decoder = self.decoder.as_mut().ok_or(FeedError::Order {
+                    kind,
+                    when: "before the setup",
+                })?;
+                if self.finished {
+                    return Err(FeedError::Order {
+                        kind,
+                        when: "after the end of RAM",
+                    });
+                }
+                decoder.apply(payload, ram)?;
+            }
+            Kind::RoundEnd => self.round_end(RoundEnd::decode(payload)?)?,
+            Kind::DeviceState => {
+                self.finish()?;
+                self.write(payload)?;
+            }
+            Kind::StreamEnd if self.finished => return Ok(true),
+            Kind::StreamEnd | Kind::Control => {
+                return Err(FeedError::Order {
+                    kind,
+                    when: "out of place",
+                });
+            }
+        }
+        Ok(false)
+    }
+
+    fn setup(&mut self, payload: &[u8]) -> Result<(), FeedError> {
+        if self.shadow.is_some() {
+            return Err(FeedError::Order {
+                kind: Kind::Setup,
+                when: "for the second time",
+            });
+        }
+        let setup = StreamSetup::decode(payload)?;
+        let mut files = Vec::new();
+        for (name, path) in &self.feed.files {
+            let block = setup.blocks.iter().find(|b| b.name == *name);
+            let block = block.ok_or_else(|| FeedError::Setup(format!("the stream has no RAM block {name}")))?;
+            files.push((name.clone(), RamFile::open_or_create(path, block.bytes)?));
+        }
+        let ram = ShadowRam::new(&setup, files)?;
+        let synth = Synth::new(&setup)?;
+        self.decoder = Some(Decoder::new().map_err(|e| FeedError::Apply(e.to_string()))?);
+        self.shadow = Some((ram, synth));
+        let _ = self.feed.events.send(Event::Setup {
+            ram_bytes: setup.ram_bytes(),
+        });
+        Ok(())
+    }
+
+    fn round_end(&mut self, end: RoundEnd) -> Result<(), FeedError> {
+        let (ram, synth) = self.shadow.as_mut().ok_or(FeedError::Order {
+            kind: Kind::RoundEnd,
+            when: "before the setup",
+        })?;
+        if !self.seeded {
+            self.seeded = true;
+            let preamble = synth.preamble(ram);
+            self.write(&preamble)?;
+        }
+        let _ = self.feed.events.send(Event::RoundEnd(end));
+        Ok(())
+    }
+
+    /// Before the first piece of device state: what is left of RAM.
+    fn finish(&mut self) -> Result<(), FeedError> {
+        if self.finished {
+            return Ok(());
+        }
+        let kind = Kind::DeviceState;
+        let (ram, synth) = self.shadow.as_mut().ok_or(FeedError::Order {
+            kind,
+            when: "before the setup",
+        })?;
+        if !self.seeded {
+            return Err(FeedError::Order {
+                kind,
+                when: "before the first pass has ended",
+            });
+        }
+        let rest = synth.finish(ram);
+        self.finished = true;
+        self.write(&rest)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), FeedError> {
+        let mut qemu = File::from(self.feed.incoming.try_clone().map_err(FeedError::Qemu)?);
+        qemu.write_all(bytes).map_err(FeedError::Qemu)
+    }
+}
+
+/// Waits until the shadow's QEMU says that its migration is complete; it stays paused.
+fn loaded(qmp: &Client, mark: Mark) -> Result<(), String> {
+    let status = qmp.wait(mark, LOAD_TIMEOUT, |e| match e.name.as_str() {
+        "MIGRATION" => e.data["status"]
+            .as_str()
+            .filter(|s| matches!(*s, "completed" | "failed"))
+            .map(str::to_owned),
+        _ => None,
+    });
+    match status.as_deref() {
+        Ok("completed") => Ok(()),
+        Ok(_) => Err("the shadow's QEMU can't load the device state".into()),
+        Err(QmpError::Closed) => Err("the shadow's QEMU has exited while it loaded the device state".into()),
+        Err(e) => Err(format!("the shadow's load: {e}")),
+    }
+}

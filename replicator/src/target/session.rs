@@ -1,0 +1,472 @@
+//! Drives one shadow on the target: turns what happens into the machine's inputs, and carries out its actions.
+
+use std::collections::VecDeque;
+use std::net::TcpStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use umbra_api::order::{Announce, Peak, Refusal, RefusalCode, Tier};
+use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
+use umbra_api::wire::control::Message;
+use umbra_api::wire::frame::RoundEnd;
+use umbra_api::{Epoch, HostId, VmId};
+
+use super::machine::{self, Action, Durable, Input, Machine, State};
+use crate::engine::{Core, unix_ms};
+use crate::launch::{self, Shadow, ShadowRecord};
+use crate::link::FrameWriter;
+use crate::qmp::Client;
+
+const TICK: Duration = Duration::from_secs(1);
+const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub enum Event {
+    Input(Input),
+    Setup {
+        ram_bytes: u64,
+    },
+    RoundEnd(RoundEnd),
+    Loaded {
+        load_us: u64,
+    },
+    /// A peer's words on a control connection, which is answered through `reply`.
+    Said {
+        message: Message,
+        reply: Reply,
+    },
+    ControlLost {
+        why: String,
+        reply: Reply,
+    },
+    QmpClosed,
+    Tier {
+        tier: Tier,
+        peak: Peak,
+    },
+    Announce(Announce),
+    /// Another part of this daemon needs the shadow's monitor, which serves one client at a time.
+    LetGo(Sender<()>),
+    /// The VM went on to another host: stop watching it, and touch nothing.
+    Leave,
+}
+
+/// The writing half of a control connection.
+#[derive(Clone, Debug)]
+pub struct Reply(Arc<Mutex<FrameWriter<TcpStream>>>);
+
+impl Reply {
+    pub fn new(writer: FrameWriter<TcpStream>) -> Self {
+        Self(Arc::new(Mutex::new(writer)))
+    }
+
+    pub fn send(&self, message: &Message) {
+        let sent = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send_message(message);
+        if let Err(e) = sent {
+            // A source that did not hear it asks again.
+            tracing::debug!(?message, "not sent: {}", crate::chain(&e));
+        }
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+pub struct Handle {
+    pub events: Sender<Event>,
+    pub status: Arc<Mutex<ReplicaStatus>>,
+    pub thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Handle {
+    pub fn status(&self) -> ReplicaStatus {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+pub struct Plan {
+    pub vm: VmId,
+    pub name: String,
+    pub epoch: Epoch,
+    pub peer: HostId,
+}
+
+pub struct Session {
+    core: Arc<Core>,
+    plan: Plan,
+    machine: Machine,
+    status: Arc<Mutex<ReplicaStatus>>,
+    events: Receiver<Event>,
+    record: ShadowRecord,
+    qmp: Option<Client>,
+    /// The source's present control connection.
+    control: Option<Reply>,
+    load_us: u64,
+    resumed: (i64, u64),
+    left: bool,
+    progress: Progress,
+}
+
+impl Session {
+    /// A new shadow, which waits for its pages.
+    pub fn start(core: Arc<Core>, plan: Plan, shadow: &Shadow, control: Reply) -> std::io::Result<Handle> {
+        let machine = Machine::new(plan.epoch);
+        Self::spawn(
+            core,
+            plan,
+            machine,
+            Vec::new(),
+            shadow.record.clone(),
+            Some(shadow.qmp.clone()),
+            Some(control),
+        )
+    }
+
+    /// Goes on after a restart of the replicator, from what is on disk.
+    pub fn resume(
+        core: Arc<Core>,
+        plan: Plan,
+        durable: Durable,
+        record: ShadowRecord,
+        qmp: Option<Client>,
+    ) -> std::io::Result<Handle> {
+        let shadow = ask(&record, qmp.as_ref());
+        let (machine, actions) = Machine::resume(durable, plan.epoch, shadow);
+        Self::spawn(core, plan, machine, actions, record, qmp, None)
+    }
+
+    fn spawn(
+        core: Arc<Core>,
+        plan: Plan,
+        machine: Machine,
+        actions: Vec<Action>,
+        record: ShadowRecord,
+        qmp: Option<Client>,
+        control: Option<Reply>,
+    ) -> std::io::Result<Handle> {
+        let (sender, events) = channel();
+        let status = ReplicaStatus {
+            vm: plan.vm,
+            name: plan.name.clone(),
+            role: Role::Target,
+            peer: plan.peer.clone(),
+            epoch: plan.epoch,
+            phase: machine.phase(),
+            since: unix_ms(),
+            tier: None,
+            progress: Progress::default(),
+            report: None,
+            error: None,
+        };
+        if let Some(qmp) = &qmp {
+            let sender = sender.clone();
+            qmp.on_closed(move || {
+                let _ = sender.send(Event::QmpClosed);
+            });
+        }
+        let mut session = Self {
+            core,
+            plan,
+            machine,
+            status: Arc::new(Mutex::new(status)),
+            events,
+            record,
+            qmp,
+            control,
+            load_us: 0,
+            resumed: (0, 0),
+            left: false,
+            progress: Progress::default(),
+        };
+        let status = session.status.clone();
+        let run = move || {
+            session.perform(actions);
+            session.run();
+        };
+        let thread = std::thread::Builder::new().name("target".into()).spawn(run)?;
+        Ok(Handle {
+            events: sender,
+            status,
+            thread: Some(thread),
+        })
+    }
+
+    /// A discarded session stays to answer a source that asks how its epoch ended; it ends with its handle.
+    fn run(mut self) {
+        while !self.left {
+            match self.events.recv_timeout(TICK) {
+                Ok(event) => self.event(event),
+                Err(RecvTimeoutError::Timeout) => self.look(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// A shadow without a QMP connection is watched by its process.
+    fn look(&mut self) {
+        if self.qmp.as_ref().is_none_or(Client::is_closed)
+            && !matches!(self.machine.state, State::Discarded { .. })
+            && !self.record.alive()
+        {
+            self.input(Input::ShadowGone);
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Input(input) => self.input(input),
+            Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
+            Event::RoundEnd(end) => {
+                self.progress.rounds = end.round;
+                self.progress.lag_pages = end.pages;
+                if end.round == 0 {
+                    self.input(Input::Seeded);
+                }
+                if let Some(control) = &self.control {
+                    control.send(&Message::RoundDone { round: end.round });
+                }
+                self.publish();
+            }
+            Event::Loaded { load_us } => {
+                self.load_us = load_us;
+                self.input(Input::Loaded);
+            }
+            Event::Said { message, reply } => self.said(message, reply),
+            Event::ControlLost { why, reply } => {
+                if self.control.as_ref().is_some_and(|c| c.is(&reply)) {
+                    self.control = None;
+                    self.input(Input::LinkLost(why));
+                }
+            }
+            Event::QmpClosed => {
+                if !self.record.alive() || gone_soon(&self.record) {
+                    self.input(Input::ShadowGone);
+                }
+            }
+            Event::Tier { tier, peak } => self.tier(tier, peak),
+            Event::Announce(a) => self.announce(a),
+            Event::LetGo(done) => {
+                self.qmp = None;
+                // Whoever asked may have given up.
+                let _ = done.send(());
+            }
+            Event::Leave => self.left = true,
+        }
+    }
+
+    fn said(&mut self, message: Message, reply: Reply) {
+        if let Message::Ping { n } = message {
+            return reply.send(&Message::Pong { n });
+        }
+        // Whoever speaks last has the source's ear: a resolving source comes on a new connection.
+        self.control = Some(reply.clone());
+        match message {
+            Message::Prepare { epoch } => self.input(Input::Prepare { epoch }),
+            Message::Commit { epoch } => self.input(Input::Commit { epoch }),
+            Message::Abort { epoch } => self.input(Input::Abort { epoch }),
+            Message::Resolve { epoch, .. } => self.input(Input::Resolve { epoch }),
+            Message::Goodbye { reason } => self.input(Input::Goodbye(reason)),
+            other => {
+                let refusal = Refusal::new(RefusalCode::BadOrder, format!("{other:?} makes no sense here"));
+                reply.send(&Message::Refused { refusal });
+            }
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        tracing::debug!(vm = %self.plan.vm, ?input, state = ?self.machine.state);
+        let actions = self.machine.apply(input);
+        self.perform(actions);
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        let mut queue = VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            tracing::debug!(vm = %self.plan.vm, ?action);
+            if let Some(input) = self.act(action) {
+                queue.extend(self.machine.apply(input));
+            }
+        }
+        self.publish();
+    }
+
+    fn act(&mut self, action: Action) -> Option<Input> {
+        match action {
+            Action::Write(durable) => return self.write(durable),
+            Action::SayPrepared { epoch } => self.say(&Message::Prepared {
+                epoch,
+                load_us: self.load_us,
+            }),
+            Action::SayRunning { epoch } => {
+                let (resume_unix_us, resume_us) = self.resumed;
+                self.say(&Message::Running {
+                    epoch,
+                    resume_unix_us,
+                    resume_us,
+                });
+            }
+            Action::SayAborted { epoch } => self.say(&Message::Aborted { epoch }),
+            Action::Refuse(refusal) => self.say(&Message::Refused { refusal }),
+            Action::Resume => return self.resume_guest(),
+            Action::Discard => self.discard(),
+        }
+        None
+    }
+
+    fn say(&self, message: &Message) {
+        if let Some(control) = &self.control {
+            control.send(message);
+        }
+    }
+
+    fn write(&mut self, durable: Durable) -> Option<Input> {
+        let error = match &self.machine.state {
+            State::Discarded { error } => error.clone(),
+            _ => None,
+        };
+        let written = self.core.journal.update(self.plan.vm, |r| {
+            if let Durable::Prepared { epoch } | Durable::Running { epoch } | Durable::Aborted { epoch } = durable {
+                r.epoch = r.epoch.max(epoch);
+            }
+            if let Some(target) = r.target.as_mut() {
+                target.durable = durable;
+                target.error.clone_from(&error);
+            }
+        });
+        match written {
+            Ok(()) => Some(Input::Written),
+            Err(e) => {
+                // Without 'written' nothing is said or done that counts on it; the source gives up by its time-out.
+                tracing::error!(vm = %self.plan.vm, ?durable, "journal: {e}");
+                None
+            }
+        }
+    }
+
+    /// All of the CPU first, then `cont`; the network learns of the new place at once.
+    fn resume_guest(&mut self) -> Option<Input> {
+        let Some(qmp) = self.qmp.clone() else {
+            return Some(Input::ShadowGone);
+        };
+        self.lift();
+        let (mark, started) = (qmp.mark(), Instant::now());
+        if let Err(e) = qmp.execute("cont", Value::Null) {
+            tracing::error!(vm = %self.plan.vm, "cont: {e}");
+            return self
+                .record
+                .alive()
+                .then_some(())
+                .map_or(Some(Input::ShadowGone), |()| None);
+        }
+        let resumed = qmp.wait(mark, RESUME_TIMEOUT, |e| (e.name == "RESUME").then_some(e.unix_us));
+        let resume_us = started.elapsed().as_micros() as u64;
+        self.resumed = (resumed.unwrap_or_else(|_| unix_ms().0 * 1000), resume_us);
+        self.announce(Announce::default());
+        Some(Input::Resumed)
+    }
+
+    fn lift(&self) {
+        if let Some(Err(e)) = self
+            .record
+            .cgroup
+            .as_deref()
+            .map(|p| crate::tier::Group::open(p).lift())
+        {
+            tracing::warn!(vm = %self.plan.vm, "the shadow's CPU limit stays: {e}");
+        }
+    }
+
+    fn announce(&self, a: Announce) {
+        let args = json!({"initial": a.initial_ms, "max": a.max_ms, "rounds": a.rounds, "step": a.step_ms});
+        let qmp = match &self.qmp {
+            Some(qmp) => Ok(qmp.clone()),
+            None => Client::connect(&self.record.qmp_path, RESUME_TIMEOUT),
+        };
+        if let Err(e) = qmp.and_then(|q| q.execute("announce-self", args)) {
+            tracing::warn!(vm = %self.plan.vm, "announce-self: {e}");
+        }
+    }
+
+    fn tier(&mut self, tier: Tier, peak: Peak) {
+        let set = match self.record.cgroup.as_deref().map(crate::tier::Group::open) {
+            Some(group) if tier == Tier::Active => group.lift(),
+            Some(group) => group.set(tier, peak),
+            None => Ok(()),
+        };
+        match set {
+            Ok(()) => self.status.lock().unwrap_or_else(PoisonError::into_inner).tier = Some(tier),
+            Err(e) => tracing::warn!(vm = %self.plan.vm, ?tier, "tier: {e}"),
+        }
+    }
+
+    fn discard(&mut self) {
+        self.qmp = None;
+        match launch::discard(&self.record) {
+            Ok(()) => {
+                let forgotten = self.core.journal.update(self.plan.vm, |r| {
+                    if let Some(t) = r.target.as_mut() {
+                        t.shadow = None;
+                    }
+                });
+                if let Err(e) = forgotten {
+                    tracing::warn!(vm = %self.plan.vm, "journal: {e}");
+                }
+            }
+            Err(e) => tracing::error!(vm = %self.plan.vm, "the shadow is not cleaned up: {e}"),
+        }
+    }
+
+    fn publish(&mut self) {
+        let phase = self.machine.phase();
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.progress = self.progress;
+        if status.phase != phase {
+            tracing::info!(vm = %self.plan.vm, from = ?status.phase, to = ?phase, "target");
+            status.phase = phase;
+            status.since = unix_ms();
+        }
+        match &self.machine.state {
+            State::Running { epoch } => {
+                status.epoch = *epoch;
+                status.tier = Some(Tier::Active);
+            }
+            State::Prepared { epoch } | State::Resuming { epoch } => status.epoch = *epoch,
+            State::Discarded { error } => status.error.clone_from(error),
+            _ => {}
+        }
+        if let Phase::Released | Phase::Failed = status.phase {
+            status.tier = None;
+        }
+    }
+}
+
+fn gone_soon(record: &ShadowRecord) -> bool {
+    record.process.is_none_or(crate::source::session::gone_soon)
+}
+
+/// What QEMU says of a shadow that outlived its replicator.
+fn ask(record: &ShadowRecord, qmp: Option<&Client>) -> machine::Shadow {
+    let answer = |command: &str| qmp.and_then(|q| q.execute(command, Value::Null).ok());
+    if !record.alive() {
+        return machine::Shadow::Gone;
+    }
+    let Some(status) = answer("query-status") else {
+        // Alive and silent: only its source can say what it is, and asks.
+        return machine::Shadow::Loaded;
+    };
+    if status["running"].as_bool() == Some(true) {
+        return machine::Shadow::Runs;
+    }
+    let migration = answer("query-migrate");
+    match migration.as_ref().and_then(|m| m["status"].as_str()) {
+        Some("completed") => machine::Shadow::Loaded,
+        _ => machine::Shadow::Waits,
+    }
+}
