@@ -16,6 +16,9 @@ struct Args {
     /// Only the run without Umbra
     #[arg(long)]
     plain_only: bool,
+    /// Only the run with Umbra: no comparison, no bars
+    #[arg(long, conflicts_with = "plain_only")]
+    umbra_only: bool,
 }
 
 fn main() -> ExitCode {
@@ -23,6 +26,7 @@ fn main() -> ExitCode {
     match demo::run(&demo::Options {
         json: args.json,
         plain_only: args.plain_only,
+        umbra_only: args.umbra_only,
     }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -196,6 +196,7 @@ pub fn seconds(d: Duration) -> f64 {
 mod tests {
     use super::*;
 
+    /// Contended in these of a hundred seconds.
     fn bill(contended: std::ops::Range<usize>) -> Bill {
         let waits_ms = (0..100)
             .map(|s| if contended.contains(&s) { 300.0 } else { 10.0 })

@@ -29,6 +29,8 @@ pub struct Options {
     pub json: Option<PathBuf>,
     /// Only the first half, to look at the load.
     pub plain_only: bool,
+    /// Only the second half.
+    pub umbra_only: bool,
 }
 
 /// Runs the demo. An error names what did not work or which bar was missed.
@@ -38,14 +40,22 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let (plan, image) = (Plan::default(), GuestImage::find()?);
     // Before the first half, not after it.
-    let binaries = if options.plain_only { None } else { Some(Binaries::find()?) };
+    let binaries = if options.plain_only {
+        None
+    } else {
+        Some(Binaries::find()?)
+    };
     say!(
         "Two hosts of one core each, a web VM and a neighbour on host a, and a client who asks the web VM {} times a second.",
         plan.per_second
     );
     say!("The neighbour's load: {}", plan.words());
     say!("");
-    let plain = kept("plain", |lab| plain(lab, &plan, &image))?;
+    let plain = if options.umbra_only {
+        Plain::default()
+    } else {
+        kept("plain", |lab| plain(lab, &plan, &image))?
+    };
     let Some(binaries) = binaries else {
         say!("{}", table::plain(&plain));
         return Ok(());
@@ -58,6 +68,9 @@ pub fn run(options: &Options) -> Result<()> {
     if let Some(path) = &options.json {
         let text = serde_json::to_string(&figures.json())? + "\n";
         std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if options.umbra_only {
+        return Ok(());
     }
     let missed = figures.missed();
     if !missed.is_empty() {

@@ -1,5 +1,7 @@
 //! The load: a neighbour that swells so steadily that a forecaster can see it coming.
 
+use super::scene::CONTENDED_MS;
+
 /// Seconds since the start, and the share of one vCPU.
 pub type Point = (f64, f64);
 
@@ -22,12 +24,19 @@ pub struct Plan {
 impl Default for Plan {
     fn default() -> Self {
         Self {
-            neighbour: vec![(0.0, 0.08), (20.0, 0.08), (60.0, 0.95), (85.0, 0.95), (93.0, 0.08)],
+            neighbour: vec![
+                (0.0, 0.04),
+                (20.0, 0.04),
+                (42.0, 0.26),
+                (58.0, 0.95),
+                (80.0, 0.95),
+                (86.0, 0.04),
+            ],
             per_second: 20,
             work_us: 11_000,
             dirty: 300,
-            window_s: 100.0,
-            patience_s: 170.0,
+            window_s: 95.0,
+            patience_s: 160.0,
         }
     }
 }
@@ -52,17 +61,20 @@ impl Plan {
 
     /// How the RPS is to decide. The defaults are made for days, this day has three minutes.
     pub fn policy(&self) -> String {
-        "\n[policy]\n\
-         provision_slots = 2\n\
-         copy_margin_s = 3.0\n\
-         mem_reserve_bytes = 134217728\n\
-         arm_s = 15.0\n\
-         switch_lead_s = 3.0\n\
-         min_standby_s = 60.0\n\
-         calm_slots = 5\n\
-         min_stay_s = 10.0\n\
-         cooldown_s = 5.0\n\
-         vms = [{ vm = \"neighbour\", protect = false }]\n"
-            .into()
+        format!(
+            "\n[contention]\n\
+             limit_ms_per_s = {CONTENDED_MS}\n\
+             \n[policy]\n\
+             provision_slots = 2\n\
+             copy_margin_s = 3.0\n\
+             mem_reserve_bytes = 134217728\n\
+             arm_s = 15.0\n\
+             switch_lead_s = 3.0\n\
+             min_standby_s = 60.0\n\
+             calm_slots = 5\n\
+             min_stay_s = 10.0\n\
+             cooldown_s = 5.0\n\
+             vms = [{{ vm = \"neighbour\", protect = false }}]\n"
+        )
     }
 }

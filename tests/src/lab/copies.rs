@@ -47,6 +47,8 @@ struct Book {
     turns: Vec<Turn>,
     /// More than one copy was running in the same look.
     doubles: Vec<String>,
+    /// Hosts of the copies that ran in the last look.
+    running: Vec<String>,
 }
 
 pub struct Copies {
@@ -91,6 +93,11 @@ impl Copies {
     /// Moments at which two copies ran: there must be none.
     pub fn doubles(&self) -> Vec<String> {
         self.book().doubles.clone()
+    }
+
+    /// Hosts on which a copy ran at the last look, at most a moment ago.
+    pub fn running(&self) -> Vec<String> {
+        self.book().running.clone()
     }
 
     /// All STOPs and RESUMEs so far, in the order of their times.

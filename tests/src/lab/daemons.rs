@@ -78,9 +78,9 @@ impl Binaries {
         Ok(replicator)
     }
 
-    /// `policy` goes into the configuration as it is, with the `[policy]` table's head.
-    pub fn start_rps(&self, host: &Host, hosts: &[Host], policy: &str) -> Result<Process> {
-        let mut rps = self.start(host, "umbra-rps", &rps_toml(host, hosts, policy)?)?;
+    /// `tables` goes into the configuration as it is: `[policy]`, `[contention]`.
+    pub fn start_rps(&self, host: &Host, hosts: &[Host], tables: &str) -> Result<Process> {
+        let mut rps = self.start(host, "umbra-rps", &rps_toml(host, hosts, tables)?)?;
         wait_healthy(host, RPS, &mut rps)?;
         Ok(rps)
     }
@@ -98,8 +98,8 @@ fn wait_healthy(host: &Host, port: u16, process: &mut Process) -> Result<()> {
 fn agent_toml(host: &Host, rps: &Host) -> String {
     let cpus = host.cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     format!(
-        "host = \"{}\"\nlisten = \"{}:{AGENT}\"\nrps = \"http://{}:{RPS}\"\ncpus = \"{cpus}\"\nscope = \"netns\"\n\
-         interval_ms = 1000\n",
+        "host = \"{}\"\nlisten = \"{}:{AGENT}\"\ncpus = \"{cpus}\"\nscope = \"netns\"\ninterval_ms = 1000\n\n\
+         [rps]\nurl = \"http://{}:{RPS}\"\n",
         host.name, host.ip, rps.ip
     )
 }
@@ -116,13 +116,13 @@ fn replicator_toml(host: &Host) -> Result<String> {
     ))
 }
 
-fn rps_toml(host: &Host, hosts: &[Host], policy: &str) -> Result<String> {
+fn rps_toml(host: &Host, hosts: &[Host], tables: &str) -> Result<String> {
     let mut text = format!(
         "listen = \"{}:{RPS}\"\nstore = \"{}\"\nmode = \"act\"\nslot_ms = 1000\n",
         host.ip,
         host.folder("state")?.join("rps.db").display(),
     );
-    text += policy;
+    text += tables;
     for h in hosts {
         text += &format!(
             "\n[[hosts]]\nname = \"{}\"\nreplicator = \"http://{ip}:{REPLICATOR}\"\nlink = \"{ip}:{LINK}\"\n",

@@ -14,7 +14,8 @@
 //! SIGINT and SIGTERM, and at the next lab's start if this process was killed hard.
 //!
 //! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`vm`],
-//! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`copies`] (which QEMU runs a VM).
+//! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`copies`] (which QEMU runs a VM),
+//! [`pair`] (two hosts, a VM, and orders without an RPS).
 
 pub mod client;
 pub mod copies;
@@ -24,6 +25,7 @@ pub mod host;
 pub mod http;
 pub mod ledger;
 pub mod net;
+pub mod pair;
 pub mod process;
 pub mod qmp;
 pub mod sched;
@@ -108,14 +110,22 @@ impl Lab {
 
     /// Copies logs and serial consoles to where they outlive the lab.
     pub fn keep_logs(&self, to: &Path) -> Result<PathBuf> {
+        // Of an earlier run; what is told below is about this one.
+        let _ = std::fs::remove_dir_all(to);
         std::fs::create_dir_all(to).with_context(|| format!("making {}", to.display()))?;
-        for entry in std::fs::read_dir(self.dir())? {
-            let path = entry?.path();
-            let kept = ["log", "serial", "toml"]
-                .iter()
-                .any(|e| path.extension().is_some_and(|x| x == *e));
-            if let (true, Some(name)) = (kept, path.file_name()) {
-                std::fs::copy(&path, to.join(name))?;
+        let mut todo = vec![self.dir().to_owned()];
+        while let Some(dir) = todo.pop() {
+            for entry in std::fs::read_dir(&dir)? {
+                let path = entry?.path();
+                let kept = ["log", "serial", "toml", "json"]
+                    .iter()
+                    .any(|e| path.extension().is_some_and(|x| x == *e));
+                if path.is_dir() {
+                    todo.push(path);
+                } else if kept {
+                    let name = path.strip_prefix(self.dir())?.to_string_lossy().replace('/', "-");
+                    std::fs::copy(&path, to.join(name))?;
+                }
             }
         }
         Ok(to.to_owned())
@@ -135,5 +145,17 @@ pub fn missing() -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
         return Some("network namespaces need root".into());
     }
-    vm::qemu().and_then(|_| vm::GuestImage::find()).err().map(|e| format!("{e:#}"))
+    vm::qemu()
+        .and_then(|_| vm::GuestImage::find())
+        .err()
+        .map(|e| format!("{e:#}"))
+}
+
+/// For tests: prints why and returns `true` where whole-system tests cannot run.
+pub fn skips() -> bool {
+    let reason = missing().or_else(|| daemons::Binaries::find().err().map(|e| format!("{e:#}")));
+    if let Some(reason) = &reason {
+        println!("SKIPPED: {reason}");
+    }
+    reason.is_some()
 }

@@ -60,6 +60,8 @@ pub struct VmSpec {
     pub dirty: u32,
     /// CPU time that one web request costs.
     pub work_us: u32,
+    /// MiB under the self-checking pattern; most of the RAM if `None`. Verifying it costs CPU too.
+    pub pattern_mib: Option<u32>,
 }
 
 impl VmSpec {
@@ -76,6 +78,7 @@ impl VmSpec {
             vcpus: 1,
             dirty: 200,
             work_us: 1000,
+            pattern_mib: None,
         }
     }
 
@@ -89,8 +92,10 @@ impl VmSpec {
 
     /// What the guest is told on its kernel's command line.
     fn append(&self) -> String {
+        let pattern = self.pattern_mib.map_or_else(|| "auto".to_owned(), |m| m.to_string());
         format!(
-            "console=ttyS0 quiet panic=-1 umbra.ip={}/24 umbra.pattern=auto umbra.dirty={} umbra.tick_ms=100 umbra.work_us={}",
+            "console=ttyS0 quiet panic=-1 umbra.ip={}/24 umbra.pattern={pattern} umbra.dirty={} umbra.tick_ms=100 \
+             umbra.work_us={}",
             self.ip, self.dirty, self.work_us
         )
     }

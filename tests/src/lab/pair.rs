@@ -1,0 +1,275 @@
+//! Two hosts with a replicator each and one VM: orders are given directly, as an RPS would.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use umbra_api::order::{OrderKind, Pacing};
+use umbra_api::replica::{Phase, ReplicaStatus, Role, SwitchoverReport};
+use umbra_api::{Epoch, VmId};
+
+use super::Lab;
+use super::copies::Copies;
+use super::daemons::{Binaries, Replicator};
+use super::host::Host;
+use super::process::{Process, wait_for};
+use super::vm::{self, Console, GuestImage, Vm, VmSpec};
+
+/// TCG on one busy core; none of these is a measurement.
+const SEED: Duration = Duration::from_secs(60);
+const SWITCH: Duration = Duration::from_secs(20);
+const SETTLE: Duration = Duration::from_secs(40);
+const SCRUB: Duration = Duration::from_secs(90);
+
+pub struct Pair {
+    // First, so that it ends first: it watches processes of the lab.
+    pub copies: Copies,
+    pub vm: Vm,
+    replicators: BTreeMap<String, Process>,
+    pub binaries: Binaries,
+    pub lab: Lab,
+    epoch: Epoch,
+}
+
+impl Pair {
+    /// Hosts a and b, the VM runs on a.
+    pub fn start(spec: &VmSpec) -> Result<Self> {
+        let lab = Lab::new(&["a", "b"])?;
+        let (binaries, image) = (Binaries::find()?, GuestImage::find()?);
+        let mut replicators = BTreeMap::new();
+        for host in &lab.hosts {
+            replicators.insert(host.name.clone(), binaries.start_replicator(host)?);
+        }
+        let mut vm = Vm::start(lab.host("a")?, &image, spec)?;
+        vm.wait_up(&lab.client)?;
+        let copies = Copies::watch(&lab.hosts, spec.id)?;
+        Ok(Self {
+            copies,
+            vm,
+            replicators,
+            binaries,
+            lab,
+            epoch: Epoch(0),
+        })
+    }
+
+    pub fn id(&self) -> VmId {
+        self.vm.spec.id
+    }
+
+    pub fn host(&self, name: &str) -> Result<&Host> {
+        self.lab.host(name)
+    }
+
+    pub fn replicator(&self, name: &str) -> Result<Replicator<'_>> {
+        Ok(Replicator {
+            host: self.lab.host(name)?,
+        })
+    }
+
+    pub fn next_epoch(&mut self) -> Epoch {
+        self.epoch = self.epoch.next();
+        self.epoch
+    }
+
+    /// The epoch of the last order.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// An order that must be accepted.
+    pub fn order(&self, host: &str, epoch: Epoch, kind: OrderKind) -> Result<()> {
+        let name = kind.name();
+        self.replicator(host)?
+            .order(self.id(), epoch, kind)
+            .and_then(|answer| answer.map_err(anyhow::Error::from))
+            .with_context(|| format!("ordering {name} from {host}"))
+    }
+
+    /// Admits at the target and protects at the source; the first copy is under way then, or has failed.
+    pub fn protect(&mut self, from: &str, to: &str) -> Result<()> {
+        let epoch = self.next_epoch();
+        self.order(to, epoch, OrderKind::Admit { source: from.parse()? })?;
+        let link = self.replicator(to)?.link();
+        self.order(
+            from,
+            epoch,
+            OrderKind::Protect {
+                target: to.parse()?,
+                link,
+                pacing: Pacing::default(),
+            },
+        )
+    }
+
+    /// The source's replica once the shadow is warm.
+    pub fn wait_standby(&self, from: &str) -> Result<ReplicaStatus> {
+        self.wait_source(from, Phase::Standby, SEED)
+    }
+
+    fn wait_source(&self, host: &str, phase: Phase, within: Duration) -> Result<ReplicaStatus> {
+        let epoch = self.epoch;
+        wait_for(&format!("{phase:?} on {host}"), within, || {
+            let Some(r) = self
+                .replica(host, Role::Source)?
+                .filter(|r| r.epoch >= epoch || r.phase == phase)
+            else {
+                return Ok(None);
+            };
+            match &r.error {
+                _ if r.phase == phase => Ok(Some(r)),
+                Some(e) if matches!(r.phase, Phase::Failed | Phase::Released) => {
+                    bail!("it is {:?} instead: {e}", r.phase)
+                }
+                _ => Ok(None),
+            }
+        })
+    }
+
+    pub fn replica(&self, host: &str, role: Role) -> Result<Option<ReplicaStatus>> {
+        let id = self.id();
+        Ok(self
+            .replicator(host)?
+            .replicas()?
+            .into_iter()
+            .find(|r| r.vm == id && r.role == role))
+    }
+
+    /// Switches over, and waits until the source has handed over.
+    pub fn switchover(&mut self, from: &str) -> Result<SwitchoverReport> {
+        let epoch = self.next_epoch();
+        self.order(from, epoch, OrderKind::Switchover)?;
+        let r = self.wait_source(from, Phase::Relinquished, SWITCH)?;
+        let told = |r: ReplicaStatus| r.report.filter(|p| p.epoch == epoch);
+        match told(r) {
+            Some(report) => Ok(report),
+            // The phase may be shown an instant before the report.
+            None => wait_for("the switchover's report", SWITCH, || {
+                Ok(self.replica(from, Role::Source)?.and_then(told))
+            }),
+        }
+    }
+
+    /// Ends whatever there is, on both hosts. The VM is not touched.
+    pub fn release(&mut self) -> Result<()> {
+        let epoch = self.next_epoch();
+        for host in ["a", "b"] {
+            // Where there is no replica, there is nothing to release.
+            let _ = self.replicator(host)?.order(self.id(), epoch, OrderKind::Release)?;
+        }
+        Ok(())
+    }
+
+    /// kill -9.
+    pub fn kill_replicator(&mut self, host: &str) -> Result<()> {
+        self.replicators
+            .get_mut(host)
+            .with_context(|| format!("no replicator on {host}"))?
+            .kill()
+    }
+
+    pub fn restart_replicator(&mut self, host: &str) -> Result<()> {
+        let process = self.binaries.start_replicator(self.lab.host(host)?)?;
+        self.replicators.insert(host.to_owned(), process);
+        Ok(())
+    }
+
+    pub fn replicator_process(&mut self, host: &str) -> Result<&mut Process> {
+        self.replicators
+            .get_mut(host)
+            .with_context(|| format!("no replicator on {host}"))
+    }
+
+    /// Hosts on which a copy of the VM runs right now.
+    pub fn running_on(&self) -> Vec<String> {
+        self.copies.running()
+    }
+
+    /// Waits until the VM runs on one host, answers, and goes on doing so; returns the host.
+    pub fn wait_runs(&self) -> Result<String> {
+        let mut before: Option<(String, u64)> = None;
+        wait_for("the VM to run on one host", SETTLE, || {
+            self.at_most_one()?;
+            let now = match self.running_on().as_slice() {
+                [one] => vm::stats(&self.lab.client, self.vm.spec.ip)
+                    .ok()
+                    .map(|s| (one.clone(), s.counter)),
+                _ => None,
+            };
+            let goes_on = matches!((&before, &now), (Some(b), Some(n)) if b.0 == n.0 && b.1 < n.1);
+            if now.is_some() && !goes_on {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            before = now.clone();
+            Ok(now.filter(|_| goes_on).map(|n| n.0))
+        })
+    }
+
+    /// Waits until only one QEMU of the VM is left on both hosts.
+    pub fn wait_alone(&self) -> Result<()> {
+        wait_for("all other copies to be gone", SETTLE, || {
+            self.at_most_one()?;
+            let count: usize = self.lab.hosts.iter().map(|h| vm::qemus(h, self.id()).len()).sum();
+            Ok((count == 1).then_some(()))
+        })
+    }
+
+    /// An error if two copies ever ran at once.
+    pub fn at_most_one(&self) -> Result<()> {
+        match self.copies.doubles().first() {
+            Some(double) => bail!("split brain: {double}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Pattern errors that the guest counts, or that a console told.
+    pub fn errors(&self) -> Result<u64> {
+        let stats = vm::stats(&self.lab.client, self.vm.spec.ip)?;
+        let shadows = self.lab.hosts.iter().flat_map(|h| vm::consoles_below(&h.file("run")));
+        let consoles = shadows
+            .chain([self.vm.serial.clone()])
+            .map(|c| Console::read(&c).errors)
+            .max();
+        Ok(stats.errors.max(consoles.unwrap_or(0)))
+    }
+
+    /// The guest verifies its whole memory; the number of errors must be 0.
+    pub fn verify(&self) -> Result<()> {
+        vm::wait_scrubbed(&self.lab.client, self.vm.spec.ip, SCRUB)?;
+        match self.errors()? {
+            0 => Ok(()),
+            n => bail!("the guest found {n} errors in its memory"),
+        }
+    }
+
+    /// What is left of shadows on a host: RAM files and QEMUs that are not the VM that runs.
+    pub fn ram_files(&self, host: &str) -> Result<Vec<std::path::PathBuf>> {
+        let dir = self.lab.host(host)?.ram_folder()?;
+        Ok(std::fs::read_dir(dir)?
+            .filter_map(|e| Some(e.ok()?.path()))
+            .filter(|p| p.is_file())
+            .collect())
+    }
+}
+
+/// Runs a test's body; when it fails, where the logs are is part of the message.
+pub fn with_pair(name: &str, spec: &VmSpec, body: impl FnOnce(&mut Pair) -> Result<()>) {
+    if super::skips() {
+        return;
+    }
+    let result = Pair::start(spec).and_then(|mut pair| {
+        let result = body(&mut pair).and_then(|()| pair.at_most_one());
+        result.map_err(|e| match keep(&pair, name) {
+            Ok(dir) => e.context(format!("logs are in {}", dir.display())),
+            Err(_) => e,
+        })
+    });
+    if let Err(e) = result {
+        panic!("{name}: {e:#}");
+    }
+}
+
+fn keep(pair: &Pair, name: &str) -> Result<std::path::PathBuf> {
+    pair.lab
+        .keep_logs(&super::daemons::target_dir()?.join("lab-logs").join(name))
+}
