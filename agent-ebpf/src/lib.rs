@@ -4,12 +4,16 @@
 //! ```text
 //!   FILTER, NIC_FILTER   one bit per tgid / ifindex (folded): the way out for everything that is no VM
 //!   VMS                  tgid -> slot                           written by the agent
-//!   THREADS              tid  -> Thread                         written by the programs, seeded and swept by the agent
-//!   CPU, BLOCK           slot -> totals, per CPU                written by the programs, only ever grow
+//!   THREADS              tid  -> Thread, its totals             written by the programs; seeded, and swept when dead, by the agent
+//!   BLOCK                slot -> BlockTotals, per CPU           written by the programs, only ever grow
 //!   REQUESTS             struct request * -> Request (LRU)      the programs' own
 //!   NICS                 (netns, ifindex) -> NicTotals, per CPU keys by the agent, values by the programs
 //!   LOST                 events that found a map full, per CPU
 //! ```
+//!
+//! CPU time is summed per thread of a VM, not per VM, because a thread's totals and the stretch that it is in now are then read as one value. A
+//! vCPU that owns a CPU may run for seconds between two switches; totals apart from the open stretches could only be read at
+//! two moments, and what ended in between would be counted twice or never.
 #![no_std]
 
 /// Names of the maps.
@@ -18,7 +22,6 @@ pub mod maps {
     pub const NIC_FILTER: &str = "NIC_FILTER";
     pub const VMS: &str = "VMS";
     pub const THREADS: &str = "THREADS";
-    pub const CPU: &str = "CPU";
     pub const BLOCK: &str = "BLOCK";
     pub const NICS: &str = "NICS";
     pub const LOST: &str = "LOST";
@@ -44,31 +47,40 @@ pub mod state {
     pub const WAITING: u32 = 2;
     /// The agent found it runnable when the VM was registered, and can't know which of the two: the next switch tells.
     pub const SEEDED: u32 = 3;
+    /// It ended. The agent takes its last totals and removes the entry.
+    pub const DEAD: u32 = 4;
 }
 
-/// A thread of a VM. Whatever time lies before `since_ns` is in its VM's totals already.
+/// A thread of a VM.
 #[repr(C)]
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Thread {
-    /// CLOCK_MONOTONIC at which `state` began.
+    /// CLOCK_MONOTONIC at which this entry was made: a tid that is used again has another one.
+    pub born_ns: u64,
+    /// CLOCK_MONOTONIC at which `state` began. What lies before it is in the totals.
     pub since_ns: u64,
+    pub run_ns: u64,
+    /// Runnable without a CPU.
+    pub wait_ns: u64,
     /// A tid may be used again by another process: the entry counts only with its tgid.
     pub tgid: u32,
-    pub slot: u32,
     /// One of [`state`].
     pub state: u32,
     /// 1 for a vCPU's thread, else 0.
     pub vcpu: u32,
+    pub reserved: u32,
 }
 
-/// CPU time of one VM on one CPU.
-#[repr(C)]
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct CpuTotals {
-    pub vcpu_run_ns: u64,
-    pub vcpu_wait_ns: u64,
-    pub emulator_run_ns: u64,
-    pub emulator_wait_ns: u64,
+impl Thread {
+    /// Totals as of `now`, with the stretch that the thread is in: (run, wait).
+    pub const fn at(&self, now_ns: u64) -> (u64, u64) {
+        let open = now_ns.saturating_sub(self.since_ns);
+        match self.state {
+            state::RUNNING | state::SEEDED => (self.run_ns + open, self.wait_ns),
+            state::WAITING => (self.run_ns, self.wait_ns + open),
+            _ => (self.run_ns, self.wait_ns),
+        }
+    }
 }
 
 pub const LATENCY_BUCKETS: usize = 24;
@@ -81,6 +93,7 @@ pub struct BlockTotals {
     pub write_bytes: u64,
     pub read_ops: u64,
     pub write_ops: u64,
+    pub latency_ns_sum: u64,
     /// Bucket `i` has the requests of `[2^i, 2^(i+1))` µs; the first also those below 1 µs, the last all above.
     pub latency_us_log2: [u64; LATENCY_BUCKETS],
 }
@@ -99,7 +112,11 @@ pub const fn latency_bucket(ns: u64) -> usize {
         }
         step /= 2;
     }
-    if bucket < LATENCY_BUCKETS { bucket } else { LATENCY_BUCKETS - 1 }
+    if bucket < LATENCY_BUCKETS {
+        bucket
+    } else {
+        LATENCY_BUCKETS - 1
+    }
 }
 
 /// A disk request under way.
@@ -114,7 +131,7 @@ pub struct Request {
 
 /// An ifindex means something only within its network namespace.
 #[repr(C)]
-#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct NicKey {
     /// Inode of the namespace, as in `/proc/PID/ns/net`.
     pub netns: u32,
@@ -143,19 +160,21 @@ pub mod lost {
 /// Globals that the agent fills from the kernel's BTF before the load, because Rust has no CO-RE: byte offsets of members.
 /// Each is a `u64` of its own, as the verifier must know a constant to allow a direct load.
 pub mod offsets {
-    /// (global, struct, member)
-    pub const ALL: &[(&str, &str, &str)] = &[
-        ("TASK_TGID", "task_struct", "tgid"),
-        ("TASK_PID", "task_struct", "pid"),
-        ("TASK_STATE", "task_struct", "__state"),
-        ("TASK_COMM", "task_struct", "comm"),
-        ("REQUEST_LEN", "request", "__data_len"),
-        ("REQUEST_FLAGS", "request", "cmd_flags"),
-        ("SKB_LEN", "sk_buff", "len"),
-        ("SKB_DEV", "sk_buff", "dev"),
-        ("DEV_IFINDEX", "net_device", "ifindex"),
-        ("DEV_NET", "net_device", "nd_net.net"),
-        ("NET_INUM", "net", "ns.inum"),
+    use crate::Group;
+
+    /// (who needs it, global, struct, member)
+    pub const ALL: &[(Group, &str, &str, &str)] = &[
+        (Group::Sched, "TASK_TGID", "task_struct", "tgid"),
+        (Group::Sched, "TASK_PID", "task_struct", "pid"),
+        (Group::Sched, "TASK_STATE", "task_struct", "__state"),
+        (Group::Sched, "TASK_COMM", "task_struct", "comm"),
+        (Group::Block, "REQUEST_LEN", "request", "__data_len"),
+        (Group::Block, "REQUEST_FLAGS", "request", "cmd_flags"),
+        (Group::Net, "SKB_LEN", "sk_buff", "len"),
+        (Group::Net, "SKB_DEV", "sk_buff", "dev"),
+        (Group::Net, "DEV_IFINDEX", "net_device", "ifindex"),
+        (Group::Net, "DEV_NET", "net_device", "nd_net.net"),
+        (Group::Net, "NET_INUM", "net", "ns.inum"),
     ];
     /// Offset of `task_struct.preempt_notifiers.first`, or [`ABSENT`] in a kernel without KVM.
     pub const TASK_NOTIFIERS: &str = "TASK_NOTIFIERS";
@@ -164,17 +183,25 @@ pub mod offsets {
     pub const SWITCH_HAS_STATE: &str = "SWITCH_HAS_STATE";
 }
 
-/// (program, tracepoint): the same name by design, listed so that the agent can attach one by one and go on without one.
-pub const PROGRAMS: &[&str] = &[
-    "sched_switch",
-    "sched_wakeup",
-    "sched_wakeup_new",
-    "block_rq_insert",
-    "block_rq_merge",
-    "block_rq_issue",
-    "block_rq_complete",
-    "net_dev_queue",
-    "netif_receive_skb",
+/// What a program counts. A kernel that lacks a member or a tracepoint of one group still serves the others.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Group {
+    Sched,
+    Block,
+    Net,
+}
+
+/// The programs. Each has the name of the BTF tracepoint that it attaches to.
+pub const PROGRAMS: &[(Group, &str)] = &[
+    (Group::Sched, "sched_switch"),
+    (Group::Sched, "sched_wakeup"),
+    (Group::Sched, "sched_wakeup_new"),
+    (Group::Block, "block_rq_insert"),
+    (Group::Block, "block_rq_merge"),
+    (Group::Block, "block_rq_issue"),
+    (Group::Block, "block_rq_complete"),
+    (Group::Net, "net_dev_queue"),
+    (Group::Net, "netif_receive_skb"),
 ];
 
 #[cfg(feature = "user")]
@@ -187,7 +214,7 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )*};
     }
-    pod!(Thread, CpuTotals, BlockTotals, Request, NicKey, NicTotals);
+    pod!(Thread, BlockTotals, Request, NicKey, NicTotals);
 }
 
 #[cfg(test)]
@@ -196,9 +223,8 @@ mod tests {
 
     #[test]
     fn layouts_have_no_padding() {
-        assert_eq!(size_of::<Thread>(), 8 + 4 * 4);
-        assert_eq!(size_of::<CpuTotals>(), 4 * 8);
-        assert_eq!(size_of::<BlockTotals>(), (4 + LATENCY_BUCKETS) * 8);
+        assert_eq!(size_of::<Thread>(), 4 * 8 + 4 * 4);
+        assert_eq!(size_of::<BlockTotals>(), (5 + LATENCY_BUCKETS) * 8);
         assert_eq!(size_of::<Request>(), 8 + 2 * 4);
         assert_eq!(size_of::<NicKey>(), 2 * 4);
         assert_eq!(size_of::<NicTotals>(), 4 * 8);
@@ -214,6 +240,28 @@ mod tests {
             assert_eq!(latency_bucket(1_000 << i), i);
         }
         assert_eq!(latency_bucket(u64::MAX), LATENCY_BUCKETS - 1);
+    }
+
+    #[test]
+    fn an_open_stretch_belongs_to_its_state() {
+        let mut t = Thread {
+            since_ns: 100,
+            run_ns: 10,
+            wait_ns: 20,
+            ..Thread::default()
+        };
+        for (state, expected) in [
+            (state::BLOCKED, (10, 20)),
+            (state::RUNNING, (15, 20)),
+            (state::WAITING, (10, 25)),
+            (state::SEEDED, (15, 20)),
+            (state::DEAD, (10, 20)),
+        ] {
+            t.state = state;
+            assert_eq!(t.at(105), expected);
+            // Another CPU's clock may be a little ahead.
+            assert_eq!(t.at(99), (10, 20));
+        }
     }
 
     #[test]

@@ -9,11 +9,11 @@
 //!   BLOCKED ───────────────> WAITING ────────────────────────────────> RUNNING
 //!      ^                        ^          switch out, runnable (+run)   │  │
 //!      │                        └────────────────────────────────────────┘  │
-//!      └──────────────────────────── switch out, not runnable (+run) ───────┘   (dead: the entry is removed)
+//!      └──────────────────────────── switch out, not runnable (+run) ───────┘   (for the last time: DEAD)
 //! ```
 //!
 //! No lock is needed: a thread is on one CPU at a time, a wakeup of a thread that still leaves its CPU is held back by the
-//! scheduler until it has left, and totals are per CPU.
+//! scheduler until it has left, and the other totals are per CPU.
 #![no_std]
 #![no_main]
 
@@ -25,11 +25,11 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_ebpf::{EbpfContext, bindings::BPF_ANY};
 use aya_log_ebpf::{debug, warn};
 use umbra_agent_ebpf::{
-    BlockTotals, CpuTotals, FILTER_WORDS, NIC_FILTER_WORDS, NicKey, NicTotals, Request, Thread, filter_bit, latency_bucket, lost,
+    BlockTotals, FILTER_WORDS, NIC_FILTER_WORDS, NicKey, NicTotals, Request, Thread, filter_bit, latency_bucket, lost,
     offsets, state,
 };
 
-/// Sizes that the agent may change before the load: VMS, CPU and BLOCK together, THREADS, NICS.
+/// The agent sets the sizes of VMS, THREADS, BLOCK and NICS before the load; these are the defaults.
 const VMS_DEFAULT: u32 = 1024;
 
 #[map]
@@ -40,8 +40,6 @@ static NIC_FILTER: Array<u64> = Array::with_max_entries(NIC_FILTER_WORDS, 0);
 static VMS: HashMap<u32, u32> = HashMap::with_max_entries(VMS_DEFAULT, 0);
 #[map]
 static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(32 * VMS_DEFAULT, 0);
-#[map]
-static CPU: PerCpuArray<CpuTotals> = PerCpuArray::with_max_entries(VMS_DEFAULT, 0);
 #[map]
 static BLOCK: PerCpuArray<BlockTotals> = PerCpuArray::with_max_entries(VMS_DEFAULT, 0);
 #[map]
@@ -114,30 +112,10 @@ fn lose(what: u32) -> bool {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Time {
-    Run,
-    Wait,
-}
-
-/// Adds the time since the thread's last event to its VM.
-///
-/// # Safety
-/// `t` must point into THREADS.
+/// Adds a stretch to a total. The clocks of two CPUs may differ by some nanoseconds: never below zero.
 #[inline(always)]
-unsafe fn credit(t: *const Thread, what: Time, now: u64) {
-    // SAFETY: the caller's promise; the totals are this CPU's own.
-    unsafe {
-        let Some(cpu) = CPU.get_ptr_mut((*t).slot) else { return };
-        // The clocks of two CPUs may differ by some nanoseconds.
-        let ns = now.saturating_sub((*t).since_ns);
-        match (what, (*t).vcpu != 0) {
-            (Time::Run, true) => (*cpu).vcpu_run_ns += ns,
-            (Time::Run, false) => (*cpu).emulator_run_ns += ns,
-            (Time::Wait, true) => (*cpu).vcpu_wait_ns += ns,
-            (Time::Wait, false) => (*cpu).emulator_wait_ns += ns,
-        }
-    }
+fn since(start: u64, now: u64) -> u64 {
+    now.saturating_sub(start)
 }
 
 /// Whether the thread that leaves the CPU is a vCPU's. KVM registers a preempt notifier for a thread as long as it is in
@@ -155,7 +133,10 @@ unsafe fn is_vcpu(task: *const u8) -> bool {
         }
         let comm = TASK_COMM.load() as usize;
         // Byte by byte: the verifier takes a load of an array's elements, not one across them.
-        *task.add(comm) == b'C' && *task.add(comm + 1) == b'P' && *task.add(comm + 2) == b'U' && *task.add(comm + 3) == b' '
+        *task.add(comm) == b'C'
+            && *task.add(comm + 1) == b'P'
+            && *task.add(comm + 2) == b'U'
+            && *task.add(comm + 3) == b' '
     }
 }
 
@@ -163,17 +144,33 @@ unsafe fn is_vcpu(task: *const u8) -> bool {
 #[inline(always)]
 fn adopt(ctx: &BtfTracePointContext, tid: u32, tgid: u32, state: u32, now: u64) {
     // The filter lets some through that are no VM's.
-    let Some(slot) = slot_of(tgid) else { return };
+    if VMS.get_ptr(tgid).is_none() {
+        return;
+    }
     let thread = Thread {
+        born_ns: now,
         since_ns: now,
+        run_ns: 0,
+        wait_ns: 0,
         tgid,
-        slot,
         state,
         vcpu: 0,
+        reserved: 0,
     };
     if THREADS.insert(tid, thread, u64::from(BPF_ANY)).is_err() && lose(lost::THREADS) {
-        warn!(ctx, "the map of threads is full: thread {} of process {} goes uncounted", tid, tgid);
+        warn!(
+            ctx,
+            "the map of threads is full: thread {} of process {} goes uncounted", tid, tgid
+        );
     }
+}
+
+/// The entry of a thread, unless it is a leftover of an earlier one with the same number.
+#[inline(always)]
+fn thread_of(tid: u32, tgid: u32) -> Option<*mut Thread> {
+    let t = THREADS.get_ptr_mut(tid)?;
+    // SAFETY: a map's value, which the verifier bounds.
+    unsafe { ((*t).tgid == tgid && (*t).state != state::DEAD).then_some(t) }
 }
 
 #[btf_tracepoint(function = "sched_switch")]
@@ -210,29 +207,27 @@ unsafe fn leave(ctx: &BtfTracePointContext, task: *const u8, tgid: u32, now: u64
         };
         // The first argument is a bool: the thread was pushed off the CPU, and is runnable whatever its state says.
         let preempted = ctx.arg::<u64>(0) & 0xff != 0;
-        let next_state = if preempted || task_state == 0 { state::WAITING } else { state::BLOCKED };
+        let next_state = if preempted || task_state == 0 {
+            state::WAITING
+        } else {
+            state::BLOCKED
+        };
         let tid: u32 = member(task, &TASK_PID);
-        match THREADS.get_ptr_mut(tid) {
-            Some(t) if (*t).tgid == tgid => {
-                if (*t).state == state::RUNNING || (*t).state == state::SEEDED {
-                    credit(t, Time::Run, now);
-                }
-                if task_state & TASK_DEAD != 0 {
-                    let _ = THREADS.remove(tid);
-                    return;
-                }
-                if (*t).vcpu == 0 && is_vcpu(task) {
-                    (*t).vcpu = 1;
-                    debug!(ctx, "thread {} of process {} is a vCPU", tid, tgid);
-                }
-                (*t).state = next_state;
-                (*t).since_ns = now;
+        let dead = task_state & TASK_DEAD != 0;
+        let Some(t) = thread_of(tid, tgid) else {
+            if !dead {
+                adopt(ctx, tid, tgid, next_state, now);
             }
-            _ => {
-                if task_state & TASK_DEAD == 0 {
-                    adopt(ctx, tid, tgid, next_state, now);
-                }
-            }
+            return;
+        };
+        if (*t).state == state::RUNNING || (*t).state == state::SEEDED {
+            (*t).run_ns += since((*t).since_ns, now);
+        }
+        (*t).since_ns = now;
+        (*t).state = if dead { state::DEAD } else { next_state };
+        if (*t).vcpu == 0 && is_vcpu(task) {
+            (*t).vcpu = 1;
+            debug!(ctx, "thread {} of process {} is a vCPU", tid, tgid);
         }
     }
 }
@@ -244,16 +239,15 @@ unsafe fn enter(ctx: &BtfTracePointContext, task: *const u8, tgid: u32, now: u64
     // SAFETY: the caller's promise; map values are bounded by the verifier.
     unsafe {
         let tid: u32 = member(task, &TASK_PID);
-        match THREADS.get_ptr_mut(tid) {
-            Some(t) if (*t).tgid == tgid => {
-                if (*t).state == state::WAITING || (*t).state == state::SEEDED {
-                    credit(t, Time::Wait, now);
-                }
-                (*t).state = state::RUNNING;
-                (*t).since_ns = now;
-            }
-            _ => adopt(ctx, tid, tgid, state::RUNNING, now),
+        let Some(t) = thread_of(tid, tgid) else {
+            adopt(ctx, tid, tgid, state::RUNNING, now);
+            return;
+        };
+        if (*t).state == state::WAITING || (*t).state == state::SEEDED {
+            (*t).wait_ns += since((*t).since_ns, now);
         }
+        (*t).since_ns = now;
+        (*t).state = state::RUNNING;
     }
 }
 
@@ -278,16 +272,15 @@ fn woken(ctx: &BtfTracePointContext) -> i32 {
         }
         let now = now_ns();
         let tid: u32 = member(task, &TASK_PID);
-        match THREADS.get_ptr_mut(tid) {
-            Some(t) if (*t).tgid == tgid => {
-                // A thread may be woken while it still runs, or waits: then nothing changes. One that was seeded had in truth gone
-                // to sleep before the seed.
-                if (*t).state == state::BLOCKED || (*t).state == state::SEEDED {
-                    (*t).state = state::WAITING;
-                    (*t).since_ns = now;
-                }
-            }
-            _ => adopt(ctx, tid, tgid, state::WAITING, now),
+        let Some(t) = thread_of(tid, tgid) else {
+            adopt(ctx, tid, tgid, state::WAITING, now);
+            return 0;
+        };
+        // A thread may be woken while it still runs, or waits: then nothing changes. One that was seeded had in truth gone to sleep
+        // before the seed.
+        if (*t).state == state::BLOCKED || (*t).state == state::SEEDED {
+            (*t).since_ns = now;
+            (*t).state = state::WAITING;
         }
     }
     0
@@ -354,7 +347,9 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
         let request = *r;
         // Completed in parts: the first part counts for the whole.
         let _ = REQUESTS.remove(key);
-        let Some(b) = BLOCK.get_ptr_mut(request.slot) else { return 0 };
+        let Some(b) = BLOCK.get_ptr_mut(request.slot) else {
+            return 0;
+        };
         let flags: u32 = member(rq, &REQUEST_FLAGS);
         match flags & REQ_OP_MASK {
             REQ_OP_READ => {
@@ -367,7 +362,9 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
             }
             _ => return 0,
         }
-        let bucket = latency_bucket(now_ns().saturating_sub(request.issued_ns));
+        let ns = now_ns().saturating_sub(request.issued_ns);
+        (*b).latency_ns_sum += ns;
+        let bucket = latency_bucket(ns);
         if let Some(count) = (*b).latency_us_log2.get_mut(bucket) {
             *count += 1;
         }
@@ -387,7 +384,10 @@ fn slot_of_current(ctx: &BtfTracePointContext) -> Option<u32> {
 #[inline(always)]
 fn note(ctx: &BtfTracePointContext, key: u64, request: Request) {
     if REQUESTS.insert(key, request, u64::from(BPF_ANY)).is_err() && lose(lost::REQUESTS) {
-        warn!(ctx, "the map of disk requests is full: a request of {} bytes goes uncounted", request.bytes);
+        warn!(
+            ctx,
+            "the map of disk requests is full: a request of {} bytes goes uncounted", request.bytes
+        );
     }
 }
 
