@@ -13,7 +13,7 @@ Exit codes:
   1  it failed
   2  the command line is wrong, or a VM's name fits several VMs
   3  no such VM, or nothing is known of it yet
-  4  refused: the VM's present state does not allow it
+  4  refused: the present state of VM, hosts or mode does not allow it
   5  the RPS cannot be reached, or does not answer in time
 
 With --json, standard output is the API's answer as it came, one document.
