@@ -1,0 +1,89 @@
+//! How long the orchestrator waits for what: `[orders]` in the configuration.
+
+use serde::Deserialize;
+use umbra_api::order::ROUND_MS_MAX;
+use umbra_daemon::config::Invalid;
+
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timing {
+    /// Between two questions to a replicator …
+    pub poll_ms: u64,
+    /// … and while a switchover is under way.
+    pub fast_poll_ms: u64,
+    /// How long an HTTP answer may take.
+    pub answer_timeout_ms: u64,
+    /// An order that was not answered is sent again after this.
+    pub resend_ms: u64,
+    /// … and given up after this.
+    pub order_timeout_s: u64,
+    /// From the first order to the begin of the first copy.
+    pub provision_timeout_s: u64,
+    /// For the first copy.
+    pub seed_timeout_s: u64,
+    /// From the switchover's order to its outcome.
+    pub switch_timeout_s: u64,
+    /// How long the switchover waits for the shadow's promotion to be accepted.
+    pub promote_wait_ms: u64,
+    /// A replication that its source no longer reports is given up after this.
+    pub lost_after_s: u64,
+    /// Between two attempts to clear leftovers.
+    pub retry_s: u64,
+    /// Pause between a source's rounds, at most 500.
+    pub round_ms: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            poll_ms: 1_000,
+            fast_poll_ms: 50,
+            answer_timeout_ms: 2_000,
+            resend_ms: 2_000,
+            order_timeout_s: 15,
+            provision_timeout_s: 60,
+            seed_timeout_s: 1_800,
+            switch_timeout_s: 30,
+            promote_wait_ms: 1_000,
+            lost_after_s: 10,
+            retry_s: 5,
+            round_ms: ROUND_MS_MAX,
+        }
+    }
+}
+
+impl Timing {
+    pub fn check(&self) -> Result<(), Invalid> {
+        let positive = [
+            ("poll_ms", self.poll_ms),
+            ("fast_poll_ms", self.fast_poll_ms),
+            ("answer_timeout_ms", self.answer_timeout_ms),
+            ("resend_ms", self.resend_ms),
+            ("order_timeout_s", self.order_timeout_s),
+            ("provision_timeout_s", self.provision_timeout_s),
+            ("seed_timeout_s", self.seed_timeout_s),
+            ("switch_timeout_s", self.switch_timeout_s),
+            ("lost_after_s", self.lost_after_s),
+            ("retry_s", self.retry_s),
+            ("round_ms", self.round_ms),
+        ];
+        if let Some((key, v)) = positive.into_iter().find(|(_, v)| !(1..=86_400_000).contains(v)) {
+            return Err(Invalid::new(
+                format!("orders.{key}"),
+                format!("{v} is not between 1 and 86400000"),
+            ));
+        }
+        if self.round_ms > ROUND_MS_MAX {
+            return Err(Invalid::new(
+                "orders.round_ms",
+                format!("{} is above {ROUND_MS_MAX}", self.round_ms),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Seconds of the configuration as the clock's milliseconds.
+pub fn ms(seconds: u64) -> i64 {
+    i64::try_from(seconds.saturating_mul(1000)).unwrap_or(i64::MAX)
+}
