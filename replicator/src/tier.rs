@@ -55,6 +55,21 @@ impl Hierarchy {
         };
         pick(&table, has_cpu).ok_or(TierError::NoController)
     }
+
+    fn make(&self, relative: &Path) -> Result<PathBuf, TierError> {
+        let mut path = self.mount.clone();
+        for component in relative.components() {
+            if self.kind == Kind::V2 {
+                hand_down(&path)?;
+            }
+            path.push(component);
+            match fs::create_dir(&path) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(TierError::Io { path, source: e }),
+                _ => {}
+            }
+        }
+        Ok(path)
+    }
 }
 
 /// On a hybrid host the controller is in one of the two: v1 if it is mounted there.
@@ -100,17 +115,8 @@ impl Group {
         if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
             return Err(TierError::Name(relative.display().to_string()));
         }
-        let mut path = hierarchy.mount.clone();
-        for component in relative.components() {
-            if hierarchy.kind == Kind::V2 {
-                hand_down(&path)?;
-            }
-            path.push(component);
-            match fs::create_dir(&path) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(TierError::Io { path, source: e }),
-                _ => {}
-            }
-        }
+        // Once more if another replicator removes the empty parent in between.
+        let path = hierarchy.make(&relative).or_else(|_| hierarchy.make(&relative))?;
         Ok(Self {
             kind: hierarchy.kind,
             path,
@@ -189,6 +195,22 @@ impl Group {
     }
 }
 
+/// Removes the parent of all shadows' groups if none is left in it: for a host that Umbra leaves. An operator who made it
+/// beforehand, with limits of their own, wants it kept.
+pub fn remove_parent(parent: &str) -> Result<(), TierError> {
+    if !Path::new(parent)
+        .components()
+        .all(|c| matches!(c, Component::Normal(_)))
+    {
+        return Err(TierError::Name(parent.to_owned()));
+    }
+    let path = Hierarchy::detect()?.mount.join(parent);
+    match fs::remove_dir(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(TierError::Io { path, source: e }),
+        _ => Ok(()),
+    }
+}
+
 /// v2 hands a controller down level by level.
 fn hand_down(path: &Path) -> Result<(), TierError> {
     let file = path.join("cgroup.subtree_control");
@@ -201,8 +223,7 @@ fn hand_down(path: &Path) -> Result<(), TierError> {
 
 /// Microseconds of CPU a period, `None` for no limit: while no peak is known, nothing is known that could be a share of it.
 pub fn quota_us(tier: Tier, peak: Peak) -> Option<u64> {
-    // Written this way round so that a NaN gives no limit.
-    if !(peak.cpu_cores > 0.0) {
+    if peak.cpu_cores.is_nan() || peak.cpu_cores <= 0.0 {
         return None;
     }
     // A float that does not fit saturates, which is no limit in practice either.
@@ -257,7 +278,7 @@ mod tests {
     #[test]
     fn names_do_not_leave_the_hierarchy() {
         for name in ["../x", "/x", "a/../../b"] {
-            assert!(!matches!(Group::create(name, "y"), Ok(_)), "{name}");
+            assert!(Group::create(name, "y").is_err(), "{name}");
         }
     }
 }

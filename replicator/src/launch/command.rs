@@ -1,7 +1,7 @@
 //! A shadow's command line out of its spec: pure. The spec comes from a peer, so its names are checked before they become
 //! paths on this host.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::{Arg, ShadowSpec};
@@ -144,7 +144,7 @@ pub fn build(spec: &ShadowSpec, record: &ShadowRecord) -> Vec<String> {
 
 /// `share=on` and a named file are what makes QEMU skip the block under x-ignore-shared. The block's name in the stream is
 /// the id as long as the canonical path is off, which old machine types do not default to.
-fn ram_object(name: &str, bytes: u64, path: &PathBuf) -> String {
+fn ram_object(name: &str, bytes: u64, path: &Path) -> String {
     let path = path.display();
     format!(
         "memory-backend-file,id={name},size={bytes},mem-path={path},share=on,x-use-canonical-path-for-ramblock-id=off"
@@ -153,6 +153,8 @@ fn ram_object(name: &str, bytes: u64, path: &PathBuf) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use umbra_api::VmId;
     use umbra_api::wire::control::{Nic, RamBlock};
 

@@ -101,7 +101,11 @@ pub struct ShadowRecord {
 
 impl ShadowRecord {
     fn plan(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> Self {
-        let dir = cfg.run_dir.join(format!("{}-{session}", vm.0.simple()));
+        // Short for the sockets' sake; that two VMs share it in the same session is refused when it is made.
+        let short = vm.0.simple().to_string();
+        let dir = cfg
+            .run_dir
+            .join(format!("{}-{session:x}", short.get(..8).unwrap_or(&short)));
         let ram = |name: &str| {
             cfg.ram_dir
                 .join(format!("{}-{session}-{name}.{RAM_EXTENSION}", vm.0.simple()))
@@ -188,11 +192,10 @@ pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> 
         .mode(0o700)
         .create(&record.dir)
         .map_err(|e| local(&record.dir.display().to_string(), e))?;
-    start(spec, cfg, &binary, &bridges, &mut record).map_err(|refusal| {
+    start(spec, cfg, &binary, &bridges, &mut record).inspect_err(|_| {
         if let Err(left) = discard(&record) {
             tracing::warn!(%vm, session, refusal = %left, "a shadow that failed to start could not be cleaned up");
         }
-        refusal
     })
 }
 
