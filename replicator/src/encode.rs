@@ -256,7 +256,11 @@ mod tests {
 
     /// A page that compresses well, not at all, or is zero.
     fn page(fill: u8) -> Page {
-        if fill < 128 { [fill; PAGE_SIZE] } else { noise(fill.into()) }
+        if fill < 128 {
+            [fill; PAGE_SIZE]
+        } else {
+            noise(fill.into())
+        }
     }
 
     fn noise(seed: u64) -> Page {
