@@ -7,6 +7,7 @@ mod cpio;
 mod debian;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod guest;
 mod run;
 mod setup;
@@ -32,12 +33,22 @@ enum Command {
     Build,
     /// Show it: two hosts, a real VM, a real switchover. About eight minutes
     Demo(demo::Options),
-    /// Run everything: setup, build, lints, unit tests, whole-system tests
+    /// Run everything: setup, build, lints, unit tests, whole-system tests, a short fuzz run
     Test,
     /// Format, lints and unit tests: what needs no root
     Check,
+    /// Feed libFuzzer's inputs to what Umbra parses: all targets, or one
+    Fuzz(FuzzOptions),
     /// Run one benchmark, ours beside its peer's
     Bench(bench::Options),
+}
+
+#[derive(clap::Args)]
+struct FuzzOptions {
+    target: Option<String>,
+    /// For each target
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
 }
 
 fn main() -> Result<()> {
@@ -47,6 +58,7 @@ fn main() -> Result<()> {
         Command::Demo(options) => demo::run(&options),
         Command::Test => test::run(),
         Command::Check => check::run(),
+        Command::Fuzz(options) => fuzz::run(options.target.as_deref(), options.seconds),
         Command::Bench(options) => bench::run(&options),
     }
 }

@@ -3,7 +3,10 @@
 use anyhow::Result;
 
 use crate::steps::Steps;
-use crate::{build, check, run, setup};
+use crate::{build, check, fuzz, run, setup};
+
+/// For each fuzz target: enough to see that it runs and that no old finding came back.
+const FUZZ_SECONDS: u64 = 10;
 
 pub fn run() -> Result<()> {
     let mut steps = Steps::default();
@@ -21,5 +24,6 @@ pub fn run() -> Result<()> {
             )
         });
     }
+    steps.single("fuzz", || fuzz::run(None, FUZZ_SECONDS));
     steps.finish()
 }
