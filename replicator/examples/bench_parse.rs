@@ -1,9 +1,10 @@
 //! How fast the stream parser is, beside `memcpy` of the same bytes: `cargo run --release --example bench_parse -- [--quick]
 //! [--json FILE]`.
 //!
-//! A stream in memory is pushed in reads of 1 MiB, as from a socket. `parse` takes each page where it lies, as the encoder
-//! does; `parse-store` copies it to its place in RAM too. memcpy copies the stream's bytes once, in the same pieces, to
-//! memory of the same size. All three find their memory mapped already.
+//! A stream in memory is pushed in reads of 1 MiB, as from a socket. `gb_per_s` parses it and copies each page to its place
+//! in RAM, zero pages are only counted; memcpy copies the stream's bytes once, in the same pieces. `in_place_gb_per_s` leaves
+//! the pages where they lie, as the encoder has them: no peer does as little. `ram_gb_per_s` counts guest RAM and not bytes of
+//! the stream: a zero page has nine. All memory is mapped beforehand.
 
 use std::hint::black_box;
 use std::path::PathBuf;
@@ -64,7 +65,7 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     let runs = if cli.quick { 3 } else { 11 };
     let mut rows = Vec::new();
-    println!("{:<8} {:<16} {:>10} {:>10}", "case", "metric", "ours", "memcpy");
+    println!("{:<8} {:<18} {:>10} {:>10}", "case", "metric", "ours", "memcpy");
     for case in [Case::Raw, Case::Zero, Case::Mixed] {
         rows.extend(measure(case, runs)?);
     }
@@ -93,13 +94,13 @@ fn measure(case: Case, runs: usize) -> Result<Vec<Value>> {
     let gb = |bytes: usize, s: f64| bytes as f64 / 1e9 / s;
     let peer = gb(stream.len(), copy_s);
     let figures = [
-        ("gb_per_s", gb(stream.len(), parse_s), Some(peer)),
-        ("store_gb_per_s", gb(stream.len(), store_s), Some(peer)),
-        ("ram_gb_per_s", gb(ram.len(), parse_s), None),
+        ("gb_per_s", gb(stream.len(), store_s), Some(peer)),
+        ("in_place_gb_per_s", gb(stream.len(), parse_s), None),
+        ("ram_gb_per_s", gb(ram.len(), store_s), None),
     ];
     let row = |(metric, ours, peer): (&str, f64, Option<f64>)| {
         println!(
-            "{:<8} {metric:<16} {ours:>10.2} {:>10}",
+            "{:<8} {metric:<18} {ours:>10.2} {:>10}",
             case.name(),
             peer.map_or("-".into(), |p| format!("{p:.2}"))
         );
