@@ -56,7 +56,7 @@ impl Case {
         match self {
             Self::Raw => false,
             Self::Zero => true,
-            Self::Mixed => page / 16 % 2 == 0,
+            Self::Mixed => (page / 16).is_multiple_of(2),
         }
     }
 }
@@ -126,7 +126,7 @@ fn stream(case: Case) -> Vec<u8> {
     let mut c = Composer::new(&setup);
     c.header(&setup.config).ram_start(false);
     for page in 0..RAM_PAGES {
-        if page % SECTION_PAGES == 0 {
+        if page.is_multiple_of(SECTION_PAGES) {
             c.part();
         }
         let fill = [page as u8 | 1; PAGE_SIZE];
