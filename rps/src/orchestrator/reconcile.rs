@@ -7,7 +7,7 @@ use umbra_api::order::OrderKind;
 use umbra_api::replica::{Phase, ReplicaStatus, Role};
 
 use super::turn::Turn;
-use crate::fleet::{self, Fleet};
+use crate::fleet::{self, Fleet, Witness};
 use crate::lifecycle::{Event, VmState};
 
 /// Something that an earlier attempt or move left on a host.
@@ -39,25 +39,28 @@ pub fn reconcile(turn: &mut Turn<'_>) {
         turn.save();
     }
     take_report(turn);
+    note_kept(turn);
 }
 
 /// The edge that leads to the truth, if the state is not there already.
 fn correction(turn: &Turn<'_>) -> Option<Event> {
     let s = &*turn.state;
-    if let Some((host, epoch)) = fleet::runs_on(turn.fleet, s.vm) {
+    if let Some(Witness { host, epoch, active }) = fleet::runs_on(turn.fleet, s.vm) {
         let found = Event::Found {
             host: host.clone(),
             home: s.home.clone(),
             epoch,
         };
         let elsewhere = host != s.host;
+        // A move that the store does not know of; or a protection from elsewhere, of which it knows nothing either.
+        let unknown = if active { epoch > s.ran_since } else { epoch > s.epoch };
         match s.stage {
             Stage::Switching | Stage::FailingBack => {
                 return (epoch > s.protection && s.shadow.as_ref() == Some(&host)).then_some(Event::Moved);
             }
             // Its own epoch is above that of a switchover that succeeded after all.
             Stage::Failed => return (elsewhere && epoch > s.protection).then_some(found),
-            _ if elsewhere && epoch > s.epoch => return Some(found),
+            _ if elsewhere && unknown => return Some(found),
             _ => {}
         }
     }
@@ -72,6 +75,28 @@ fn correction(turn: &Turn<'_>) -> Option<Event> {
         warm,
     };
     (bare && alive && unknown).then_some(adopt)
+}
+
+/// Which hosts still keep a stopped primary, as far as they can be heard.
+fn note_kept(turn: &mut Turn<'_>) {
+    let before = turn.state.kept.clone();
+    let moved_at = turn.state.moved_at;
+    for (host, report) in turn.fleet.iter().filter(|(_, r)| r.up) {
+        let phase = report.replica(turn.state.vm, Role::Source).map(|r| r.phase);
+        match phase {
+            Some(Phase::Relinquished) if *host != turn.state.host => turn.state.keeps_old(host),
+            // It is about to give up, or has: the next word tells.
+            Some(Phase::Switching) => {}
+            // Only a word that is newer than the move tells that nothing is kept.
+            _ if report.asked_at > moved_at => turn.state.kept.retain(|h| h != host),
+            _ => {}
+        }
+    }
+    // A host that is no longer ours can't be told anything.
+    turn.state.kept.retain(|h| turn.fleet.contains_key(h));
+    if turn.state.kept != before {
+        turn.save();
+    }
 }
 
 /// The newest switchover's figures.
@@ -116,9 +141,9 @@ fn clear(s: &VmState, fleet: &Fleet, host: &HostId, r: &ReplicaStatus) -> Option
     let known = r.epoch <= s.epoch;
     match r.role {
         Role::Source if r.phase == Phase::Relinquished => {
-            let rests = bare || s.stage == Stage::Reverse;
-            let proven = fleet::runs_on(fleet, s.vm).is_some_and(|(h, e)| h == s.host && e >= r.epoch);
-            (rests && known && proven && *host != s.host).then_some(Clear::Retire)
+            let decided = !matches!(s.stage, Stage::Switching | Stage::FailingBack | Stage::Failed);
+            let proven = fleet::runs_on(fleet, s.vm).is_some_and(|w| w.host == s.host && w.epoch >= r.epoch);
+            (decided && known && proven && *host != s.host).then_some(Clear::Retire)
         }
         Role::Source => (alive && bare && known).then_some(Clear::Release),
         // A shadow is not needed once its source says so, or is long past it.

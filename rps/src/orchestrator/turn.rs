@@ -56,9 +56,13 @@ pub struct Turn<'a> {
 }
 
 impl OrderRecord {
-    /// Whether it must be answered before something new is begun: announcements and tiers need not.
+    /// Whether it must be answered before something new is begun. Announcements and tiers need not; what is to be retired
+    /// is in the state.
     pub fn blocks(&self) -> bool {
-        !matches!(self.order.kind, OrderKind::Announce { .. } | OrderKind::Tier { .. })
+        !matches!(
+            self.order.kind,
+            OrderKind::Announce { .. } | OrderKind::Tier { .. } | OrderKind::Retire
+        )
     }
 }
 

@@ -154,6 +154,9 @@ fn reverse(input: &Input<'_>, s: &VmState, v: &VmOutlook) -> Verdict {
     if let Err(unfit) = target::usable(input, home) {
         return Verdict::nothing("host_unfit", format!("it can't go home, {home}: {unfit}"));
     }
+    if s.kept.contains(home) {
+        return Verdict::nothing("keeps_old", format!("its old primary on {home} is not quit yet"));
+    }
     let Some(probability) = input.outlook.what_if(v.vm, home).map(|w| w.peak_probability) else {
         return Verdict::nothing("no_forecast", format!("there is no forecast of {home} with it"));
     };

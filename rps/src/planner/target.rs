@@ -23,6 +23,8 @@ pub enum Unfit {
     NeverHeard,
     #[error("its agent has been silent for {for_s:.0} s")]
     Silent { for_s: f64 },
+    #[error("the stopped primary of an earlier move is still kept there")]
+    KeepsOld,
     #[error("{other} is there and may not share a host with it")]
     AntiAffinity { other: String },
     #[error("{available} MiB of memory available, the shadow takes {needed} MiB and {reserve} MiB stay free")]
@@ -146,6 +148,9 @@ fn judge(input: &Input<'_>, vm: &VmOutlook, host: &HostId, ledger: &Ledger) -> R
         return Err(Unfit::Present);
     }
     let outlook = usable(input, host)?;
+    if input.states.get(&vm.vm).is_some_and(|s| s.kept.contains(host)) {
+        return Err(Unfit::KeepsOld);
+    }
     apart(input, vm, host)?;
     memory(input, vm, outlook, ledger)?;
     let what_if = input.outlook.what_if(vm.vm, host).ok_or(Unfit::NoForecast)?;

@@ -1,0 +1,5 @@
+//! What the tests of the RPS share. Each test file uses a part of it.
+#![allow(dead_code)]
+
+pub mod fake;
+pub mod sim;
