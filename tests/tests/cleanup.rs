@@ -135,7 +135,7 @@ fn moments(n: u64, most: Duration) -> Vec<Duration> {
 /// One test: labs are serial, and moments are counted from when a demo has the machine.
 #[test]
 fn nothing_outlives_a_demo_that_is_interrupted_or_killed() {
-    if lab::skips() {
+    if lab::skips(&daemons::ALL) {
         return;
     }
     // Namespaces, bridges and the first QEMU come up within the first second; the daemons within some more.

@@ -13,7 +13,8 @@ use umbra_tests::lab::process::{Process, wait_for};
 use umbra_tests::lab::vm::{self, GuestImage, Vm, VmSpec};
 
 /// What operators ask for is done; what the planner thinks is not part of this test.
-const TABLES: &str = "\n[contention]\nthreshold = 0.99\nlimit_ms_per_s = 1000000.0\n\n[policy]\nmem_reserve_bytes = 134217728\n";
+const TABLES: &str =
+    "\n[contention]\nthreshold = 0.99\nlimit_ms_per_s = 1000000.0\n\n[policy]\nmem_reserve_bytes = 134217728\n";
 
 struct World {
     copies: Copies,
@@ -27,7 +28,7 @@ struct World {
 impl World {
     fn start() -> Result<Self> {
         let lab = Lab::new(&["a", "b"])?;
-        let (binaries, image) = (Binaries::find()?, GuestImage::find()?);
+        let (binaries, image) = (Binaries::find(&daemons::ALL)?, GuestImage::find()?);
         let mut vm = Vm::start(
             lab.host("a")?,
             &image,
@@ -148,7 +149,7 @@ fn story(world: &mut World) -> Result<()> {
 
 #[test]
 fn an_rps_that_is_killed_in_each_stage_goes_on_from_its_store() {
-    if umbra_tests::lab::skips() {
+    if umbra_tests::lab::skips(&daemons::ALL) {
         return;
     }
     let mut world = World::start().unwrap();

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::lab::daemons::{Binaries, target_dir};
+use crate::lab::daemons::{self, Binaries, target_dir};
 use crate::lab::vm::GuestImage;
 use crate::lab::{self, Lab};
 use figures::{Figures, Plain, Protected};
@@ -43,7 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
     let binaries = if options.plain_only {
         None
     } else {
-        Some(Binaries::find()?)
+        Some(Binaries::find(&daemons::ALL)?)
     };
     say!(
         "Two hosts of one core each, a web VM and a neighbour on host a, and a client who asks the web VM {} times a second.",

@@ -203,6 +203,7 @@ impl Watcher {
             });
         }
         let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
+        book.running = running.iter().filter_map(|pid| Some(self.known.get(pid)?.host.clone())).collect();
         if running.len() > 1 {
             book.doubles
                 .push(format!("processes {running:?} were running at the same time"));

@@ -40,10 +40,14 @@ pub struct Binaries {
     dir: PathBuf,
 }
 
+/// Everything that runs on a machine with Umbra.
+pub const ALL: [&str; 3] = ["umbra-agent", "umbra-replicator", "umbra-rps"];
+
 impl Binaries {
-    pub fn find() -> Result<Self> {
+    /// An error names the first one that is missing.
+    pub fn find(names: &[&str]) -> Result<Self> {
         let dir = target_dir()?.join("release");
-        for name in ["umbra-agent", "umbra-replicator", "umbra-rps", "umbra"] {
+        for name in names {
             if !dir.join(name).is_file() {
                 bail!("{} is missing: cargo xtask build", dir.join(name).display());
             }

@@ -151,9 +151,9 @@ pub fn missing() -> Option<String> {
         .map(|e| format!("{e:#}"))
 }
 
-/// For tests: prints why and returns `true` where whole-system tests cannot run.
-pub fn skips() -> bool {
-    let reason = missing().or_else(|| daemons::Binaries::find().err().map(|e| format!("{e:#}")));
+/// For tests: prints why and returns `true` where a test that needs a lab and these daemons cannot run.
+pub fn skips(binaries: &[&str]) -> bool {
+    let reason = missing().or_else(|| daemons::Binaries::find(binaries).err().map(|e| format!("{e:#}")));
     if let Some(reason) = &reason {
         println!("SKIPPED: {reason}");
     }

@@ -15,6 +15,7 @@ use super::host::Host;
 use super::process::{Process, wait_for};
 use super::vm::{self, Console, GuestImage, Vm, VmSpec};
 
+const NEEDED: [&str; 1] = ["umbra-replicator"];
 /// TCG on one busy core; none of these is a measurement.
 const SEED: Duration = Duration::from_secs(60);
 const SWITCH: Duration = Duration::from_secs(20);
@@ -35,7 +36,7 @@ impl Pair {
     /// Hosts a and b, the VM runs on a.
     pub fn start(spec: &VmSpec) -> Result<Self> {
         let lab = Lab::new(&["a", "b"])?;
-        let (binaries, image) = (Binaries::find()?, GuestImage::find()?);
+        let (binaries, image) = (Binaries::find(&NEEDED)?, GuestImage::find()?);
         let mut replicators = BTreeMap::new();
         for host in &lab.hosts {
             replicators.insert(host.name.clone(), binaries.start_replicator(host)?);
@@ -254,7 +255,7 @@ impl Pair {
 
 /// Runs a test's body; when it fails, where the logs are is part of the message.
 pub fn with_pair(name: &str, spec: &VmSpec, body: impl FnOnce(&mut Pair) -> Result<()>) {
-    if super::skips() {
+    if super::skips(&NEEDED) {
         return;
     }
     let result = Pair::start(spec).and_then(|mut pair| {
