@@ -5,7 +5,7 @@ use umbra_api::problem::Problem;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The RPS answered with a problem document.
-    #[error("{0}")]
+    #[error("{}", told(.0))]
     Refused(Problem),
     /// No VM of that name. `known` is how many there are, `near` the names that look alike.
     #[error("no VM is called '{name}'{}", hint(near, *known))]
@@ -26,6 +26,14 @@ pub enum Error {
     Foreign { url: String, cause: String },
     #[error("cannot start: {0}")]
     Local(#[from] std::io::Error),
+}
+
+/// Title and detail, or the detail alone where it begins with the title's words.
+fn told(p: &Problem) -> String {
+    match p.detail.to_lowercase().starts_with(&p.title.to_lowercase()) {
+        true => p.detail.clone(),
+        false => p.to_string(),
+    }
 }
 
 /// A request that changes something may have had its effect although no answer came.
@@ -119,5 +127,7 @@ mod tests {
         let p = Problem::new(409, "wrong_stage", "Not now", "web has no shadow");
         assert_eq!(Error::Refused(p.clone()).problem(), p);
         assert_eq!(Error::Refused(p).to_string(), "Not now: web has no shadow");
+        let twice = Problem::new(409, "no_target", "No host", "no host can hold it");
+        assert_eq!(Error::Refused(twice).to_string(), "no host can hold it");
     }
 }

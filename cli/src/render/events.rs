@@ -34,6 +34,8 @@ pub fn decisions(look: &Look, decisions: &[DecisionView], vms: &[VmSummary]) -> 
     }
     let mut sorted: Vec<&DecisionView> = decisions.iter().collect();
     sorted.sort_by_key(|d| (d.t, d.id));
+    // Doing nothing is the same in either mode.
+    let undone = |d: &DecisionView| d.mode == Mode::Observe && d.action != "nothing";
     let rows = sorted
         .into_iter()
         .map(|d| {
@@ -42,18 +44,14 @@ pub fn decisions(look: &Look, decisions: &[DecisionView], vms: &[VmSummary]) -> 
                 Cell::new(d.id),
                 Cell::new(look.clock(d.t)),
                 cell(&name(d.vm, vms)),
-                cell(&if d.mode == Mode::Observe {
-                    format!("({action})")
-                } else {
-                    action
-                }),
+                cell(&if undone(d) { format!("({action})") } else { action }),
                 Cell::new(number(d.inputs.cps)),
                 cell(super::explain::reason(d)),
             ]
         })
         .collect();
     let table = look.table(&["ID", "TIME", "VM", "DECISION", "CPS", "WHY"], &[0, 4], rows);
-    match decisions.iter().any(|d| d.mode == Mode::Observe) {
+    match decisions.iter().any(undone) {
         true => format!("{table}\n\n(in brackets: decided in observe mode, not done)"),
         false => table,
     }

@@ -3,7 +3,7 @@
 use comfy_table::{Cell, Color};
 use umbra_api::view::{HostView, Mode, StatusView};
 
-use super::words::{age, bytes, count, number, percent};
+use super::words::{self, age, bytes, count, number, percent};
 use super::{Look, cell};
 
 /// A host that has told nothing for so long is worth a word: three slots, and never less than this.
@@ -12,19 +12,17 @@ const SILENT_MS: i64 = 10_000;
 pub fn status(look: &Look, base: &str, s: &StatusView) -> String {
     let mode = match s.mode {
         Mode::Act => "acts on its decisions",
-        Mode::Observe => "only observes: it decides and records, and does nothing",
+        Mode::Observe => "observes only",
     };
+    let title = format!("umbra-rps {} at {base}", words::clean(&s.version));
     let head = format!(
-        "{}\n{}, {}, {}; slots of {}",
-        look.bold(&format!(
-            "umbra-rps {} at {base}, up {}, {mode}",
-            s.version,
-            age(s.started, s.now)
-        )),
+        "{}\nup {}, {mode}, slots of {}\n{}, {}, {}",
+        look.bold(&title),
+        age(s.started, s.now),
+        words::span(s.slot_ms as f64 / 1000.0),
         count(s.hosts.len(), "host"),
         count(s.vms, "VM"),
         count(s.shadows, "shadow"),
-        super::words::span(s.slot_ms as f64 / 1000.0),
     );
     let mut parts = vec![head, hosts(look, s)];
     let worries = worries(s);
@@ -36,7 +34,7 @@ pub fn status(look: &Look, base: &str, s: &StatusView) -> String {
 
 fn hosts(look: &Look, s: &StatusView) -> String {
     if s.hosts.is_empty() {
-        return "No host has reported yet: agents send their samples to this RPS by 'rps' in their configuration."
+        return "No host has reported yet: agents send their samples here by 'rps.url' in\ntheir configuration."
             .to_owned();
     }
     let header = [
@@ -51,11 +49,21 @@ fn hosts(look: &Look, s: &StatusView) -> String {
 
 /// WANTED is the last slot's demand, MEDIAN and P90 the highest predicted ones, in cores; RISK is the probability of contention.
 fn row(s: &StatusView, h: &HostView) -> Vec<Cell> {
-    let risk = Cell::new(percent(h.contention_probability));
-    let heard = match h.last_sample {
-        Some(t) => age(t, s.now),
-        None => "never".to_owned(),
+    let Some(last) = h.last_sample else {
+        // Nothing is known of it: zeros would look like an idle host.
+        let dashes = std::iter::repeat_n(Cell::new("–"), 6);
+        let known = [
+            Cell::new(h.vms),
+            Cell::new(h.shadows),
+            Cell::new("never").fg(Color::Red),
+        ];
+        return std::iter::once(cell(h.host.as_str()))
+            .chain(dashes)
+            .chain(known)
+            .collect();
     };
+    let risk = Cell::new(percent(h.contention_probability));
+    let heard = age(last, s.now);
     vec![
         cell(h.host.as_str()),
         Cell::new(number(h.cpus)),
@@ -111,8 +119,9 @@ mod tests {
         assert_eq!(
             text,
             "\
-umbra-rps 0.1.0 at http://127.0.0.1:7400, up 2 h 05 min, acts on its decisions
-2 hosts, 2 VMs, 1 shadow; slots of 2.0 s
+umbra-rps 0.1.0 at http://127.0.0.1:7400
+up 2 h 05 min, acts on its decisions, slots of 2.0 s
+2 hosts, 2 VMs, 1 shadow
 
 HOST  CPUS  WANTED  MEDIAN   P90  RISK  FREE MEM  VMS  SHADOWS  HEARD
 a     1.00    0.74    0.90  1.31  83 %   5.0 GiB    2        0  1.4 s
@@ -134,6 +143,18 @@ b     1.00    0.74    0.90  1.31   0 %   5.0 GiB    0        1  1.4 s"
             "a: its agent is silent for 60 s",
         ];
         assert_eq!(tail, wanted);
+    }
+
+    #[test]
+    fn a_host_that_never_spoke_is_not_shown_as_idle() {
+        let mut s = sample::status();
+        s.hosts.truncate(1);
+        s.hosts[0].last_sample = None;
+        let text = status(&sample::look(), "http://x", &s);
+        assert!(
+            text.contains("\na        –       –       –    –     –         –    2        0  never"),
+            "{text}"
+        );
     }
 
     #[test]
