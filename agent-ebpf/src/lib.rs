@@ -126,8 +126,12 @@ pub struct Request {
     /// CLOCK_MONOTONIC of the issue to the driver; 0 while it waits in the I/O scheduler.
     pub issued_ns: u64,
     pub bytes: u32,
+    /// Of its VM, or [`NOBODY`].
     pub slot: u32,
 }
+
+/// A request of no VM. It is noted nevertheless while it waits in the I/O scheduler, as a VM's thread may be the one that issues it.
+pub const NOBODY: u32 = u32::MAX;
 
 /// An ifindex means something only within its network namespace.
 #[repr(C)]

@@ -25,8 +25,8 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_ebpf::{EbpfContext, bindings::BPF_ANY};
 use aya_log_ebpf::{debug, warn};
 use umbra_agent_ebpf::{
-    BlockTotals, FILTER_WORDS, NIC_FILTER_WORDS, NicKey, NicTotals, Request, Thread, filter_bit, latency_bucket, lost,
-    offsets, state,
+    BlockTotals, FILTER_WORDS, NIC_FILTER_WORDS, NOBODY, NicKey, NicTotals, Request, Thread, filter_bit,
+    latency_bucket, lost, offsets, state,
 };
 
 /// The agent sets the sizes of VMS, THREADS, BLOCK and NICS before the load; these are the defaults.
@@ -290,14 +290,12 @@ fn woken(ctx: &BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "block_rq_insert")]
 fn block_rq_insert(ctx: BtfTracePointContext) -> i32 {
     let rq: *const u8 = ctx.arg(0);
-    if let Some(slot) = slot_of_current(&ctx) {
-        let request = Request {
-            issued_ns: 0,
-            bytes: 0,
-            slot,
-        };
-        note(&ctx, rq as u64, request);
-    }
+    let request = Request {
+        issued_ns: 0,
+        bytes: 0,
+        slot: slot_of_current(&ctx).unwrap_or(NOBODY),
+    };
+    note(&ctx, rq as u64, request);
     0
 }
 
@@ -343,10 +341,13 @@ fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let key = rq as u64;
     // SAFETY: the tracepoint's `struct request *`; map values are bounded by the verifier.
     unsafe {
-        let Some(r) = REQUESTS.get_ptr(key) else { return 0 };
+        let Some(r) = REQUESTS.get_ptr(key) else {
+            return 0;
+        };
         let request = *r;
         // Completed in parts: the first part counts for the whole.
         let _ = REQUESTS.remove(key);
+        // NOBODY lies beyond the array.
         let Some(b) = BLOCK.get_ptr_mut(request.slot) else {
             return 0;
         };

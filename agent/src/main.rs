@@ -8,7 +8,6 @@ use std::time::{Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use prometheus_client::registry::Registry;
-use tokio::io::unix::AsyncFd;
 use tokio::net::TcpListener;
 use tokio::time::MissedTickBehavior;
 use tracing::{error, info, warn};
@@ -87,9 +86,6 @@ async fn serve(cli: &Cli, config: Config) -> Result<()> {
         false => None,
     };
     let (probe, messages) = Probe::load(config.max_vms, proc.clone())?;
-    if let Some(messages) = messages {
-        tokio::spawn(follow_messages(messages));
-    }
     let netns = match config.scope {
         Scope::All => None,
         Scope::Netns => Some(
@@ -102,6 +98,7 @@ async fn serve(cli: &Cli, config: Config) -> Result<()> {
     let mut rounds = Rounds {
         collector,
         proc,
+        messages,
         stats: stats.is_some(),
         last: Instant::now(),
         failed: 0,
@@ -126,23 +123,6 @@ fn usable_cpus(config: &Config) -> Result<CpuList> {
     Ok(cpus.clone())
 }
 
-/// Messages of the kernel programs arrive in a ring buffer, and go on as logs.
-async fn follow_messages(messages: Messages) {
-    let mut ready = match AsyncFd::register(messages) {
-        Ok(r) => r,
-        Err(e) => return warn!("messages of the kernel programs can't be followed: {e}"),
-    };
-    loop {
-        match ready.readable_mut().await {
-            Ok(mut guard) => {
-                guard.get_inner_mut().flush();
-                guard.clear_ready();
-            }
-            Err(e) => return warn!("messages of the kernel programs: {e}"),
-        }
-    }
-}
-
 fn now() -> UnixMs {
     UnixMs::from_system(SystemTime::now())
 }
@@ -150,6 +130,7 @@ fn now() -> UnixMs {
 struct Rounds {
     collector: Collector<Probe>,
     proc: Procfs,
+    messages: Option<Messages>,
     stats: bool,
     last: Instant,
     failed: u64,
@@ -163,6 +144,10 @@ impl Rounds {
         self.last = start;
         let result = self.collector.round(&self.proc, now(), elapsed);
         self.failed += u64::from(result.is_err());
+        // They wait in a ring buffer that holds far more than a round's: a wake-up for each would cost more than it tells.
+        if let Some(messages) = &mut self.messages {
+            messages.flush();
+        }
         Ok(result?)
     }
 

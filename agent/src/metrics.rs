@@ -245,7 +245,7 @@ fn vm_latency(out: &mut Out, vms: &[VmView], ids: &Ids) -> Result<(), Error> {
         // Bucket b ends at 2^(b+1) µs; the last one has no end.
         let bound = |b: usize| {
             if b + 1 == LATENCY_BUCKETS {
-                f64::MAX
+                f64::INFINITY
             } else {
                 (1u64 << (b + 1)) as f64 / 1e6
             }
@@ -444,6 +444,7 @@ mod tests {
             format!("umbra_vm_block_latency_seconds_count{{{labels}}} 3"),
             format!("umbra_vm_info{{{labels},pid=\"9\",qmp=\"/q\"}} 1"),
             "umbra_agent_program{program=\"sched_switch\"} 0".to_owned(),
+            format!("umbra_vm_block_latency_seconds_bucket{{le=\"+Inf\",{labels}}} 3"),
             "# UNIT umbra_vm_network_bytes bytes".to_owned(),
         ] {
             assert!(text.contains(&line), "{line}\n{text}");
