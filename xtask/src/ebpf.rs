@@ -144,10 +144,15 @@ fn on_path(program: &str) -> bool {
     std::env::split_paths(&path).any(|d| d.join(program).is_file())
 }
 
+/// LLVM 22 of any minor version: its ABI is stable within a major one.
 fn libllvm() -> Option<PathBuf> {
-    let arch = std::env::consts::ARCH;
-    let lib = PathBuf::from(format!("/usr/lib/{arch}-linux-gnu/libLLVM.so.22.1"));
-    lib.exists().then_some(lib)
+    let dir = format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+    let libraries = fs::read_dir(dir).ok()?.filter_map(|e| Some(e.ok()?.path()));
+    let is_22 = |p: &PathBuf| {
+        let name = p.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("libLLVM.so.22.")
+    };
+    libraries.filter(is_22).max()
 }
 
 fn linker(cache: &Path) -> PathBuf {
