@@ -112,6 +112,10 @@ pub enum Durable {
     Relinquished {
         epoch: Epoch,
     },
+    /// The primary runs on; the target was not heard to have given up `epoch`.
+    Aborting {
+        epoch: Epoch,
+    },
     HandedOver {
         epoch: Epoch,
     },
@@ -175,17 +179,23 @@ impl Machine {
         };
         let (state, actions) = match durable {
             Durable::Protecting => (ended(restarted()), vec![Action::Write(Durable::Released)]),
-            Durable::Preparing { epoch } => (
+            Durable::Preparing { epoch } | Durable::Aborting { epoch } => (
                 ended(restarted()),
-                vec![Action::Write(Durable::Released), Action::Abort { epoch }],
+                vec![Action::Write(Durable::Aborting { epoch }), Action::Abort { epoch }],
             ),
-            Durable::Relinquished { epoch } if stopped || gone => {
-                (State::Resolving { epoch }, vec![Action::Resolve { epoch }])
+            Durable::Relinquished { epoch } if stopped => (State::Resolving { epoch }, vec![Action::Resolve { epoch }]),
+            // It may have died stopped, or after QEMU had let it run on for hours: nobody knows how old the shadow is, so
+            // it is kept, and not run.
+            Durable::Relinquished { epoch } if gone => {
+                let detail = format!(
+                    "the primary's QEMU is gone while epoch {epoch} was undecided: the target keeps the shadow as prepared"
+                );
+                (ended(Some(Refusal::new(RefusalCode::NoSuchVm, detail))), Vec::new())
             }
             // SHUT(0) did not arrive, so the commit was never sent, and QEMU let the guest run on.
             Durable::Relinquished { epoch } => (
                 ended(restarted()),
-                vec![Action::Write(Durable::Released), Action::Abort { epoch }],
+                vec![Action::Write(Durable::Aborting { epoch }), Action::Abort { epoch }],
             ),
             Durable::HandedOver { epoch } => (State::HandedOver { epoch }, Vec::new()),
             Durable::Released | Durable::Retired => (ended(None), Vec::new()),
@@ -245,7 +255,11 @@ impl Machine {
             State::Shutting { epoch } => Self::shutting(*epoch, input),
             State::Committing { epoch } | State::Resolving { epoch } => self.committing(*epoch, input),
             State::TakingBack { epoch } => Self::taking_back(*epoch, input),
-            State::HandedOver { .. } | State::Ended { .. } => (None, Vec::new()),
+            State::Ended { .. } => match input {
+                Input::Aborted { .. } => (None, vec![Action::Write(Durable::Released)]),
+                _ => (None, Vec::new()),
+            },
+            State::HandedOver { .. } => (None, Vec::new()),
         }
     }
 
@@ -383,13 +397,21 @@ impl Machine {
 
     /// The primary runs on; the target, if it was told of an epoch, is told that it is off.
     fn end(error: Refusal, epoch: Option<Epoch>) -> (Option<State>, Vec<Action>) {
-        let mut actions = vec![Action::Abandon, Action::Write(Durable::Released)];
-        match epoch {
-            Some(epoch) => actions.push(Action::Abort { epoch }),
-            None => actions.push(Action::Goodbye {
-                reason: error.to_string(),
-            }),
-        }
+        let actions = match epoch {
+            Some(epoch) => vec![
+                Action::Abandon,
+                Action::Write(Durable::Aborting { epoch }),
+                Action::Abort { epoch },
+            ],
+            None => {
+                let reason = error.to_string();
+                vec![
+                    Action::Abandon,
+                    Action::Write(Durable::Released),
+                    Action::Goodbye { reason },
+                ]
+            }
+        };
         (Some(State::Ended { error: Some(error) }), actions)
     }
 }
@@ -546,7 +568,13 @@ mod tests {
     #[test]
     fn a_restart_follows_the_disk_and_the_primary() {
         let (m, a) = Machine::resume(Durable::Preparing { epoch: E }, false, false);
-        assert_eq!(a, [Action::Write(Durable::Released), Action::Abort { epoch: E }]);
+        assert_eq!(
+            a,
+            [
+                Action::Write(Durable::Aborting { epoch: E }),
+                Action::Abort { epoch: E }
+            ]
+        );
         assert_eq!(m.phase(), Phase::Released);
         let (m, a) = Machine::resume(Durable::Relinquished { epoch: E }, true, false);
         assert_eq!(
@@ -555,5 +583,8 @@ mod tests {
         );
         let (_, a) = Machine::resume(Durable::Relinquished { epoch: E }, false, false);
         assert!(a.contains(&Action::Abort { epoch: E }));
+        // A shadow of unknown age is neither run nor thrown away.
+        let (m, a) = Machine::resume(Durable::Relinquished { epoch: E }, false, true);
+        assert_eq!((m.phase(), a), (Phase::Failed, vec![]));
     }
 }

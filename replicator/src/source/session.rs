@@ -450,7 +450,9 @@ impl Session {
     fn write(&mut self, durable: Durable) -> Option<Input> {
         let report = self.report;
         let written = self.core.journal.update(self.plan.vm, |r| {
-            if let Durable::Preparing { epoch } | Durable::Relinquished { epoch } = durable {
+            if let Durable::Preparing { epoch } | Durable::Relinquished { epoch } | Durable::Aborting { epoch } =
+                durable
+            {
                 r.epoch = r.epoch.max(epoch);
             }
             let Some(source) = r.source.as_mut() else { return };
@@ -593,7 +595,10 @@ impl Session {
             }
         });
         match told {
-            Ok(true) => self.abort = None,
+            Ok(true) => {
+                self.abort = None;
+                self.input(Input::Aborted { epoch });
+            }
             _ if now >= last => {
                 tracing::warn!(vm = %self.plan.vm, %epoch, "the target was not told that the switchover is off");
                 self.abort = None;

@@ -350,7 +350,7 @@ impl Session {
         }
     }
 
-    /// All of the CPU first, then `cont`; the network learns of the new place at once.
+    /// All of the CPU first, then `cont`.
     fn resume_guest(&mut self) -> Option<Input> {
         let Some(qmp) = self.qmp.clone() else {
             return Some(Input::ShadowGone);
@@ -368,7 +368,6 @@ impl Session {
         let resumed = qmp.wait(mark, RESUME_TIMEOUT, |e| (e.name == "RESUME").then_some(e.unix_us));
         let resume_us = started.elapsed().as_micros() as u64;
         self.resumed = (resumed.unwrap_or_else(|_| unix_ms().0 * 1000), resume_us);
-        self.announce(Announce::default());
         Some(Input::Resumed)
     }
 

@@ -1,0 +1,493 @@
+//! The switchover's protocol, explored: the product's own two machines, a model of the two QEMUs, a link that loses what is
+//! on it, and replicators that die between any two actions. Every reachable state is visited.
+//!
+//! Checked in each: never two running copies. In each state in which nothing is left to happen: exactly one copy runs.
+
+use std::collections::{HashMap, VecDeque};
+
+use umbra_api::Epoch;
+use umbra_replicator::source::machine as source;
+use umbra_replicator::target::machine as target;
+
+const PROTECT: Epoch = Epoch(1);
+const SWITCH: Epoch = Epoch(2);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Primary {
+    Runs,
+    /// Stopped at the end of its migration; runs again if the migration's socket closes.
+    Device,
+    /// Its migration is complete.
+    Postmigrate,
+    Gone,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Shadow {
+    Waits,
+    /// It has all of the stream.
+    Fed,
+    Loaded,
+    Runs,
+    Gone,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum ToTarget {
+    Prepare,
+    StreamEnd,
+    Commit,
+    Abort,
+    Resolve,
+    Goodbye,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum ToSource {
+    Prepared,
+    Running,
+    Aborted,
+    Refused,
+}
+
+/// A replicator: its machine, and the actions that it has yet to carry out. `None` while it is dead.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Side<M, A> {
+    alive: Option<(M, VecDeque<A>)>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct World {
+    source: Side<source::Machine, source::Action>,
+    source_disk: source::Durable,
+    target: Side<target::Machine, target::Action>,
+    target_disk: target::Durable,
+    primary: Primary,
+    /// The source holds the migration's socket.
+    socket: bool,
+    acked: bool,
+    shadow: Shadow,
+    /// The source's connection to the target, with what is on its way.
+    link: Option<(VecDeque<ToTarget>, VecDeque<ToSource>)>,
+    /// What a side has yet to notice: its driver is one thread, and hears of it when it has carried out what it was about.
+    source_lost: bool,
+    target_lost: bool,
+    primary_news: bool,
+    /// A prepared target must be told of an abort by a source that asks again.
+    abort_due: bool,
+    /// Faults that may still happen.
+    crashes: u8,
+    cuts: u8,
+    timeouts: u8,
+    primary_deaths: u8,
+    load_failures: u8,
+}
+
+impl World {
+    fn new(crashes: u8, cuts: u8) -> Self {
+        let mut m = source::Machine::new();
+        m.apply(source::Input::Seeded);
+        let mut t = target::Machine::new(PROTECT);
+        t.apply(target::Input::Seeded);
+        let actions = m.apply(source::Input::Switchover { epoch: SWITCH });
+        Self {
+            source: Side {
+                alive: Some((m, actions.into())),
+            },
+            source_disk: source::Durable::Protecting,
+            target: Side {
+                alive: Some((t, VecDeque::new())),
+            },
+            target_disk: target::Durable::Shadow,
+            primary: Primary::Runs,
+            socket: true,
+            acked: false,
+            shadow: Shadow::Waits,
+            link: Some((VecDeque::new(), VecDeque::new())),
+            source_lost: false,
+            target_lost: false,
+            primary_news: false,
+            abort_due: false,
+            crashes,
+            cuts,
+            timeouts: 1,
+            primary_deaths: 1,
+            load_failures: 1,
+        }
+    }
+
+    fn tell_source(&mut self, input: source::Input) {
+        if let Some((m, todo)) = &mut self.source.alive {
+            todo.extend(m.apply(input));
+        }
+    }
+
+    fn tell_target(&mut self, input: target::Input) {
+        if let Some((m, todo)) = &mut self.target.alive {
+            todo.extend(m.apply(input));
+        }
+    }
+
+    fn send_target(&mut self, m: ToTarget) {
+        match &mut self.link {
+            Some((q, _)) => q.push_back(m),
+            None => self.tell_source(source::Input::LinkLost("no link".into())),
+        }
+    }
+
+    fn send_source(&mut self, m: ToSource) {
+        if let Some((_, q)) = &mut self.link {
+            q.push_back(m);
+        }
+    }
+
+    fn cut(&mut self) {
+        if self.link.take().is_some() {
+            self.source_lost = self.source.alive.is_some();
+            self.target_lost = self.target.alive.is_some();
+        }
+    }
+
+    /// QEMU's rule: a migration whose socket closes before SHUT(0) fails, and the guest runs on.
+    fn close_socket(&mut self) {
+        self.socket = false;
+        if self.primary == Primary::Device {
+            self.primary = Primary::Runs;
+        }
+    }
+
+    fn source_acts(&mut self, action: source::Action) {
+        use source::Action as A;
+        match action {
+            A::Write(d) => {
+                self.source_disk = d;
+                self.tell_source(source::Input::Written);
+            }
+            A::Stop { .. } => {
+                self.send_target(ToTarget::Prepare);
+                self.acked = true;
+            }
+            A::Shut if self.primary == Primary::Device && self.socket => self.primary = Primary::Postmigrate,
+            A::Shut => {}
+            A::Commit { .. } => self.send_target(ToTarget::Commit),
+            A::Abort { .. } => {
+                self.abort_due = true;
+                if self.link.is_some() {
+                    self.send_target(ToTarget::Abort);
+                }
+            }
+            A::Abandon => self.close_socket(),
+            // Done by the step `resolve`, which may happen at any time later.
+            A::Resolve { .. } => {}
+            A::TakeBack => {
+                if self.primary == Primary::Postmigrate {
+                    self.primary = Primary::Runs;
+                }
+                self.tell_source(source::Input::TakenBack);
+            }
+            A::Goodbye { .. } => {
+                if self.link.is_some() {
+                    self.send_target(ToTarget::Goodbye);
+                }
+            }
+        }
+    }
+
+    fn target_acts(&mut self, action: target::Action) {
+        use target::Action as A;
+        match action {
+            A::Write(d) => {
+                self.target_disk = d;
+                self.tell_target(target::Input::Written);
+            }
+            A::SayPrepared { .. } => self.send_source(ToSource::Prepared),
+            A::SayRunning { .. } => self.send_source(ToSource::Running),
+            A::SayAborted { .. } => self.send_source(ToSource::Aborted),
+            A::Refuse(_) => self.send_source(ToSource::Refused),
+            A::Resume => match self.shadow {
+                Shadow::Loaded | Shadow::Runs => {
+                    self.shadow = Shadow::Runs;
+                    self.tell_target(target::Input::Resumed);
+                }
+                other => panic!("cont of a shadow that is {other:?}"),
+            },
+            A::Discard => {
+                assert_ne!(self.shadow, Shadow::Runs, "a running VM is discarded");
+                self.shadow = Shadow::Gone;
+            }
+        }
+    }
+
+    fn deliver_target(&mut self, m: ToTarget) {
+        let epoch = SWITCH;
+        match m {
+            ToTarget::Prepare => self.tell_target(target::Input::Prepare { epoch }),
+            ToTarget::StreamEnd => {
+                if self.shadow == Shadow::Waits {
+                    self.shadow = Shadow::Fed;
+                }
+                self.tell_target(target::Input::Streamed);
+            }
+            ToTarget::Commit => self.tell_target(target::Input::Commit { epoch }),
+            ToTarget::Abort => self.tell_target(target::Input::Abort { epoch }),
+            ToTarget::Resolve => self.tell_target(target::Input::Resolve { epoch }),
+            ToTarget::Goodbye => self.tell_target(target::Input::Goodbye("over".into())),
+        }
+    }
+
+    fn deliver_source(&mut self, m: ToSource) {
+        let epoch = SWITCH;
+        if m == ToSource::Aborted {
+            self.abort_due = false;
+        }
+        self.tell_source(match m {
+            ToSource::Prepared => source::Input::Prepared { epoch },
+            ToSource::Running => source::Input::Running { epoch },
+            ToSource::Aborted => source::Input::Aborted { epoch },
+            ToSource::Refused => source::Input::Refused(umbra_api::order::Refusal::new(
+                umbra_api::order::RefusalCode::Local,
+                "no",
+            )),
+        });
+    }
+
+    fn source_is(&self, f: impl Fn(&source::State) -> bool) -> bool {
+        matches!(&self.source.alive, Some((m, todo)) if todo.is_empty() && f(&m.state))
+    }
+
+    fn source_idle(&self) -> bool {
+        self.source_is(|_| true)
+    }
+
+    fn target_idle(&self) -> bool {
+        matches!(&self.target.alive, Some((_, todo)) if todo.is_empty())
+    }
+
+    /// All that can happen next, by name.
+    fn steps(&self) -> Vec<(&'static str, World)> {
+        let mut out = Vec::new();
+        self.replicators(&mut out);
+        self.messages(&mut out);
+        self.qemus(&mut out);
+        self.faults(&mut out);
+        out
+    }
+
+    fn then(&self, name: &'static str, out: &mut Vec<(&'static str, World)>, f: impl FnOnce(&mut World)) {
+        let mut w = self.clone();
+        f(&mut w);
+        out.push((name, w));
+    }
+
+    fn replicators(&self, out: &mut Vec<(&'static str, World)>) {
+        if matches!(&self.source.alive, Some((_, todo)) if !todo.is_empty()) {
+            self.then("source acts", out, |w| {
+                let action = w.source.alive.as_mut().and_then(|(_, todo)| todo.pop_front());
+                w.source_acts(action.expect("checked above"));
+            });
+        }
+        if matches!(&self.target.alive, Some((_, todo)) if !todo.is_empty()) {
+            self.then("target acts", out, |w| {
+                let action = w.target.alive.as_mut().and_then(|(_, todo)| todo.pop_front());
+                w.target_acts(action.expect("checked above"));
+            });
+        }
+        if self.source.alive.is_none() {
+            self.then("source restarts", out, |w| {
+                let (stopped, gone) = (w.primary == Primary::Postmigrate, w.primary == Primary::Gone);
+                let (m, actions) = source::Machine::resume(w.source_disk, stopped, gone);
+                w.source.alive = Some((m, actions.into()));
+            });
+        }
+        if self.target.alive.is_none() {
+            self.then("target restarts", out, |w| {
+                let shadow = match w.shadow {
+                    Shadow::Gone => target::Shadow::Gone,
+                    Shadow::Waits | Shadow::Fed => target::Shadow::Waits,
+                    Shadow::Loaded => target::Shadow::Loaded,
+                    Shadow::Runs => target::Shadow::Runs,
+                };
+                let (m, actions) = target::Machine::resume(w.target_disk, PROTECT, shadow);
+                w.target.alive = Some((m, actions.into()));
+            });
+        }
+        let resolving = self.source_is(|s| matches!(s, source::State::Resolving { .. }));
+        let ended = self.source_is(|s| matches!(s, source::State::Ended { .. }));
+        if resolving && self.link.is_none() && !self.source_lost && self.target.alive.is_some() {
+            self.then("source asks", out, |w| {
+                w.link = Some(([ToTarget::Resolve].into(), VecDeque::new()))
+            });
+        }
+        if ended && self.abort_due && self.link.is_none() && self.target.alive.is_some() {
+            self.then("source tells of the abort", out, |w| {
+                w.link = Some(([ToTarget::Abort].into(), VecDeque::new()))
+            });
+        }
+    }
+
+    fn messages(&self, out: &mut Vec<(&'static str, World)>) {
+        if self.source_lost && self.source_idle() {
+            self.then("source notices the lost link", out, |w| {
+                w.source_lost = false;
+                w.tell_source(source::Input::LinkLost("lost".into()));
+            });
+        }
+        if self.target_lost && self.target_idle() {
+            self.then("target notices the lost link", out, |w| {
+                w.target_lost = false;
+                w.tell_target(target::Input::LinkLost("lost".into()));
+            });
+        }
+        let Some((to_target, to_source)) = &self.link else {
+            return;
+        };
+        if self.target_idle() && !to_target.is_empty() {
+            self.then("target hears", out, |w| {
+                let m = w.link.as_mut().and_then(|(q, _)| q.pop_front());
+                w.deliver_target(m.expect("checked above"));
+            });
+        }
+        if self.source_idle() && !to_source.is_empty() {
+            self.then("source hears", out, |w| {
+                let m = w.link.as_mut().and_then(|(_, q)| q.pop_front());
+                w.deliver_source(m.expect("checked above"));
+            });
+        }
+    }
+
+    fn qemus(&self, out: &mut Vec<(&'static str, World)>) {
+        if self.acked && self.socket && self.primary == Primary::Runs && self.source_idle() {
+            self.then("guest stops, stream ends", out, |w| {
+                w.primary = Primary::Device;
+                w.acked = false;
+                w.send_target(ToTarget::StreamEnd);
+                w.tell_source(source::Input::Streamed);
+            });
+        }
+        if self.primary == Primary::Postmigrate && self.source_is(|s| matches!(s, source::State::Shutting { .. })) {
+            self.then("migration completes", out, |w| w.tell_source(source::Input::Completed));
+        }
+        if self.primary_news && self.source_idle() {
+            self.then("source notices that the primary is gone", out, |w| {
+                w.primary_news = false;
+                w.tell_source(source::Input::PrimaryGone);
+            });
+        }
+        if self.shadow == Shadow::Fed && self.target_idle() {
+            self.then("shadow loads", out, |w| {
+                w.shadow = Shadow::Loaded;
+                w.tell_target(target::Input::Loaded);
+            });
+            if self.load_failures > 0 {
+                self.then("shadow can't load", out, |w| {
+                    w.load_failures -= 1;
+                    w.shadow = Shadow::Gone;
+                    w.tell_target(target::Input::LoadFailed("no".into()));
+                    w.tell_target(target::Input::ShadowGone);
+                });
+            }
+        }
+    }
+
+    fn faults(&self, out: &mut Vec<(&'static str, World)>) {
+        if self.crashes > 0 && self.source.alive.is_some() {
+            self.then("source dies", out, |w| {
+                w.crashes -= 1;
+                w.source.alive = None;
+                w.close_socket();
+                w.acked = false;
+                (w.source_lost, w.primary_news) = (false, false);
+                w.target_lost |= w.link.take().is_some() && w.target.alive.is_some();
+            });
+        }
+        if self.crashes > 0 && self.target.alive.is_some() {
+            self.then("target dies", out, |w| {
+                w.crashes -= 1;
+                w.target.alive = None;
+                // QEMU ends by itself when its incoming migration breaks off; once it has all, it may load it.
+                if w.shadow == Shadow::Waits {
+                    w.shadow = Shadow::Gone;
+                } else if w.shadow == Shadow::Fed {
+                    w.shadow = Shadow::Loaded;
+                }
+                w.target_lost = false;
+                w.source_lost |= w.link.take().is_some() && w.source.alive.is_some();
+            });
+        }
+        if self.cuts > 0 && self.link.is_some() {
+            self.then("link is cut", out, |w| {
+                w.cuts -= 1;
+                w.cut();
+            });
+        }
+        if self.timeouts > 0 && self.source_idle() && !self.source_is(|s| matches!(s, source::State::Ended { .. })) {
+            self.then("time is up", out, |w| {
+                w.timeouts -= 1;
+                w.tell_source(source::Input::TimedOut);
+            });
+        }
+        if self.primary_deaths > 0 && self.primary == Primary::Device {
+            self.then("primary dies while stopped", out, |w| {
+                w.primary_deaths -= 1;
+                w.primary = Primary::Gone;
+                w.primary_news = w.source.alive.is_some();
+            });
+        }
+    }
+
+    fn running(&self) -> usize {
+        usize::from(self.primary == Primary::Runs) + usize::from(self.shadow == Shadow::Runs)
+    }
+}
+
+/// Visits every state, and returns how many there are. A violation prints the way to it.
+fn explore(crashes: u8, cuts: u8) -> usize {
+    let start = World::new(crashes, cuts);
+    let mut from: HashMap<World, Option<(World, &'static str)>> = HashMap::from([(start.clone(), None)]);
+    let mut queue = VecDeque::from([start]);
+    while let Some(w) = queue.pop_front() {
+        if w.running() > 1 {
+            panic!("two copies run:\n{}", way(&from, &w));
+        }
+        let steps = w.steps();
+        // A primary that died took the VM along; if its shadow was prepared, an operator can run that.
+        let lost = w.primary == Primary::Gone;
+        if steps.is_empty() && w.running() != 1 && !lost {
+            panic!(
+                "nothing is left to happen, and {} copies run:\n{}",
+                w.running(),
+                way(&from, &w)
+            );
+        }
+        for (name, next) in steps {
+            if !from.contains_key(&next) {
+                from.insert(next.clone(), Some((w.clone(), name)));
+                queue.push_back(next);
+            }
+        }
+    }
+    from.len()
+}
+
+fn way(from: &HashMap<World, Option<(World, &'static str)>>, end: &World) -> String {
+    let mut lines = vec![format!("{end:?}")];
+    let mut at = end;
+    while let Some(Some((before, name))) = from.get(at) {
+        lines.push((*name).to_owned());
+        at = before;
+    }
+    lines.reverse();
+    lines.join("\n")
+}
+
+#[test]
+fn one_copy_without_faults() {
+    assert!(explore(0, 0) > 20);
+}
+
+#[test]
+fn one_copy_with_two_crashes_and_a_cut() {
+    let states = explore(2, 1);
+    println!("{states} states");
+    assert!(states > 1000);
+}
