@@ -135,7 +135,7 @@ fn switch(input: &Input<'_>, s: &VmState, v: &VmOutlook, reason: Reason) -> Verd
             ),
         ),
         _ => {
-            let because = format!("{reason}; {shadow} has a {} shadow", s.stage);
+            let because = format!("{reason}; {shadow} holds its shadow, {}", s.stage);
             Verdict::act(Action::Switch, reason, "switch", because)
         }
     }
