@@ -177,14 +177,14 @@ impl Ends {
         if setup.block("pc.ram") == Some(block) {
             self.covered[page as usize] = true;
         }
-        self.to_link(|e, out| e.page(block, page, data, out))
+        self.feed_link(|e, out| e.page(block, page, data, out))
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.to_link(|e, out| e.flush(out))
+        self.feed_link(|e, out| e.flush(out))
     }
 
-    fn to_link(
+    fn feed_link(
         &mut self,
         f: impl FnOnce(&mut Encoder, &mut dyn FnMut(&[u8]) -> std::io::Result<()>) -> std::io::Result<()>,
     ) -> Result<()> {
