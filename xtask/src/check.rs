@@ -1,7 +1,7 @@
 //! `cargo xtask check`: what needs neither root nor a prepared machine: format, lints with warnings denied, unit tests.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -9,7 +9,7 @@ use crate::steps::Steps;
 use crate::tally::{Reader, Tally};
 use crate::{ebpf, run};
 
-pub fn run() -> Result<()> {
+pub fn run() -> ExitCode {
     let mut steps = Steps::default();
     format_and_lints(&mut steps);
     unit_tests(&mut steps);
@@ -17,7 +17,9 @@ pub fn run() -> Result<()> {
 }
 
 pub fn format_and_lints(steps: &mut Steps) {
-    steps.single("format", || run::run(run::cargo().args(["fmt", "--all", "--check"])));
+    steps.single("format", || {
+        run::run(run::cargo().args(["fmt", "--all", "--check", "--", "-l"]))
+    });
     steps.single("lints", || {
         run::run(with_object(run::cargo().args([
             "clippy",

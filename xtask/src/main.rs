@@ -15,7 +15,8 @@ mod steps;
 mod tally;
 mod test;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -51,14 +52,22 @@ struct FuzzOptions {
     seconds: u64,
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
         Command::Setup(options) => setup::run(&options),
         Command::Build => build::run(),
         Command::Demo(options) => demo::run(&options),
-        Command::Test => test::run(),
-        Command::Check => check::run(),
+        Command::Test => return test::run(),
+        Command::Check => return check::run(),
         Command::Fuzz(options) => fuzz::run(options.target.as_deref(), options.seconds),
         Command::Bench(options) => bench::run(&options),
+    };
+    // Not by returning the error: that prints a backtrace of this small program, and the cause is in another one.
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

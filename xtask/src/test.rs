@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything, on a machine that it makes ready itself. Ends with one line: `N passed, N failed, N skipped`.
 
-use anyhow::Result;
+use std::process::ExitCode;
 
 use crate::steps::Steps;
 use crate::{build, check, fuzz, run, setup};
@@ -8,7 +8,7 @@ use crate::{build, check, fuzz, run, setup};
 /// For each fuzz target: enough to see that it runs and that no old finding came back.
 const FUZZ_SECONDS: u64 = 10;
 
-pub fn run() -> Result<()> {
+pub fn run() -> ExitCode {
     let mut steps = Steps::default();
     let ready = steps.single("setup", || setup::run(&setup::Options::default())) && steps.single("build", build::run);
     check::format_and_lints(&mut steps);
