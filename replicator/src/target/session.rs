@@ -268,7 +268,11 @@ impl Session {
         // Whoever speaks last has the source's ear: a resolving source comes on a new connection.
         self.control = Some(reply.clone());
         match message {
-            Message::Prepare { epoch } => self.input(Input::Prepare { epoch }),
+            Message::Prepare { epoch } => {
+                // A limit of the standby tier would stretch the load, while the guest is stopped.
+                self.lift();
+                self.input(Input::Prepare { epoch });
+            }
             Message::Commit { epoch } => self.input(Input::Commit { epoch }),
             Message::Abort { epoch } => self.input(Input::Abort { epoch }),
             Message::Resolve { epoch, .. } => self.input(Input::Resolve { epoch }),
@@ -350,7 +354,7 @@ impl Session {
         }
     }
 
-    /// All of the CPU first, then `cont`.
+    /// `cont`. The CPU's limit went when the switchover began; after a restart it may be there still.
     fn resume_guest(&mut self) -> Option<Input> {
         let Some(qmp) = self.qmp.clone() else {
             return Some(Input::ShadowGone);
