@@ -310,73 +310,13 @@ impl VmState {
 /// Moves a VM along the edge that `event` names.
 pub fn apply(state: &VmState, event: Event, now: UnixMs) -> Result<(VmState, Edge), Illegal> {
     let mut next = state.clone();
-    let event_name = event.name();
-    let illegal = Illegal::Stage {
-        event: event_name,
-        stage: state.stage,
-    };
     let (to, reason) = match event {
         Event::Provision { target, reason } => provision(&mut next, target, reason)?,
-        Event::SeedStarted if state.stage == Stage::Provisioning => (Stage::Seeding, Reason::SeedStarted),
-        Event::SeedDone if matches!(state.stage, Stage::Provisioning | Stage::Seeding) => {
-            next.tier = Some(Tier::Standby);
-            next.failures = 0;
-            (Stage::Standby, Reason::SeedDone)
-        }
-        Event::Arm { reason } if state.stage == Stage::Standby => {
-            next.tier = Some(Tier::Armed);
-            (Stage::Armed, reason)
-        }
-        Event::Disarm if state.stage == Stage::Armed => {
-            next.tier = Some(Tier::Standby);
-            (Stage::Standby, Reason::Receded)
-        }
-        Event::Switch { reason } if matches!(state.stage, Stage::Standby | Stage::Armed) => {
-            next.take_epoch();
-            next.tier = Some(Tier::Active);
-            next.manual |= reason == Reason::Operator;
-            (Stage::Switching, reason)
-        }
-        Event::Moved => moved(&mut next, now, illegal)?,
-        Event::BuildWayBack if state.stage == Stage::Active && state.shadow.is_none() => {
-            if state.host == state.home {
-                return Err(Illegal::AtHome(state.home.clone()));
-            }
-            next.begin(&state.home);
-            (
-                Stage::Active,
-                Reason::BuildWayBack {
-                    home: state.home.clone(),
-                },
-            )
-        }
-        Event::WayBackReady if state.stage == Stage::Active && state.shadow.is_some() => {
-            next.tier = Some(Tier::Standby);
-            next.failures = 0;
-            (Stage::Reverse, Reason::WayBackReady)
-        }
-        Event::FailBack { reason } if state.stage == Stage::Reverse => {
-            next.take_epoch();
-            next.tier = Some(Tier::Active);
-            (Stage::FailingBack, reason)
-        }
-        Event::Release { reason } => release(&mut next, reason, illegal)?,
-        Event::Fail { failure } if can_fail(state) => {
-            next.take_epoch();
-            next.failures = next.failures.saturating_add(1);
-            next.last_error = Some(failure.to_string());
-            (Stage::Failed, Reason::Failure(failure))
-        }
-        Event::Cleaned { cooldown_ms } if state.stage == Stage::Failed => {
-            next.drop_shadow();
-            next.cooldown_until = Some(now.plus_ms(i64::try_from(cooldown_ms).unwrap_or(i64::MAX)));
-            (
-                resting(&next),
-                Reason::Cleaned {
-                    host: next.host.clone(),
-                },
-            )
-        }
+        Event::Moved => moved(&mut next, now)?,
+        Event::BuildWayBack => build_way_back(&mut next)?,
+        Event::Release { reason } => release(&mut next, reason)?,
+        Event::Fail { failure } => fail(&mut next, failure)?,
+        Event::Cleaned { cooldown_ms } => cleaned(&mut next, cooldown_ms, now)?,
         Event::Found { host, home, epoch } => {
             next.saw_epoch(epoch);
             next.drop_shadow();
@@ -384,24 +324,91 @@ pub fn apply(state: &VmState, event: Event, now: UnixMs) -> Result<(VmState, Edg
             next.home = home;
             (resting(&next), Reason::Found { host, epoch })
         }
-        Event::Adopt { shadow, epoch, warm } if state.stage == Stage::Unprotected || unbuilt(state) => {
-            adopt(&mut next, shadow, epoch, warm)?
-        }
-        _ => return Err(illegal),
+        Event::Adopt { shadow, epoch, warm } => adopt(&mut next, shadow, epoch, warm)?,
+        onward => step(&mut next, onward)?,
     };
     next.stage = to;
     if to != state.stage {
         next.since = now;
     }
+    let from = state.stage;
     Ok((
         next,
         Edge {
             t: now,
-            from: state.stage,
+            from,
             to,
             reason,
         },
     ))
+}
+
+type Step = Result<(Stage, Reason), Illegal>;
+
+fn illegal(s: &VmState, event: &'static str) -> Illegal {
+    Illegal::Stage { event, stage: s.stage }
+}
+
+/// The edges on the straight road that a warm shadow or a source's report opens.
+fn step(next: &mut VmState, event: Event) -> Step {
+    let name = event.name();
+    let (tier, to, reason) = match (event, next.stage) {
+        (Event::SeedStarted, Stage::Provisioning) => (None, Stage::Seeding, Reason::SeedStarted),
+        (Event::SeedDone, Stage::Provisioning | Stage::Seeding) => {
+            next.failures = 0;
+            (Some(Tier::Standby), Stage::Standby, Reason::SeedDone)
+        }
+        (Event::Arm { reason }, Stage::Standby) => (Some(Tier::Armed), Stage::Armed, reason),
+        (Event::Disarm, Stage::Armed) => (Some(Tier::Standby), Stage::Standby, Reason::Receded),
+        (Event::Switch { reason }, Stage::Standby | Stage::Armed) => {
+            next.take_epoch();
+            next.manual |= reason == Reason::Operator;
+            (Some(Tier::Active), Stage::Switching, reason)
+        }
+        (Event::WayBackReady, Stage::Active) if next.shadow.is_some() => {
+            next.failures = 0;
+            (Some(Tier::Standby), Stage::Reverse, Reason::WayBackReady)
+        }
+        (Event::FailBack { reason }, Stage::Reverse) => {
+            next.take_epoch();
+            (Some(Tier::Active), Stage::FailingBack, reason)
+        }
+        _ => return Err(illegal(next, name)),
+    };
+    next.tier = tier;
+    Ok((to, reason))
+}
+
+fn build_way_back(next: &mut VmState) -> Step {
+    if !unbuilt(next) {
+        return Err(illegal(next, "build_way_back"));
+    }
+    let home = next.home.clone();
+    if next.host == home {
+        return Err(Illegal::AtHome(home));
+    }
+    next.begin(&home);
+    Ok((Stage::Active, Reason::BuildWayBack { home }))
+}
+
+fn fail(next: &mut VmState, failure: Failure) -> Step {
+    if !can_fail(next) {
+        return Err(illegal(next, "fail"));
+    }
+    next.take_epoch();
+    next.failures = next.failures.saturating_add(1);
+    next.last_error = Some(failure.to_string());
+    Ok((Stage::Failed, Reason::Failure(failure)))
+}
+
+fn cleaned(next: &mut VmState, cooldown_ms: u64, now: UnixMs) -> Step {
+    if next.stage != Stage::Failed {
+        return Err(illegal(next, "cleaned"));
+    }
+    next.drop_shadow();
+    next.cooldown_until = Some(now.plus_ms(i64::try_from(cooldown_ms).unwrap_or(i64::MAX)));
+    let host = next.host.clone();
+    Ok((resting(next), Reason::Cleaned { host }))
 }
 
 /// Where a VM rests that has no shadow.
@@ -426,12 +433,9 @@ fn can_fail(s: &VmState) -> bool {
     }
 }
 
-fn provision(next: &mut VmState, target: HostId, reason: Reason) -> Result<(Stage, Reason), Illegal> {
+fn provision(next: &mut VmState, target: HostId, reason: Reason) -> Step {
     if next.stage != Stage::Unprotected {
-        return Err(Illegal::Stage {
-            event: "provision",
-            stage: next.stage,
-        });
+        return Err(illegal(next, "provision"));
     }
     if target == next.host {
         return Err(Illegal::OwnHost(target));
@@ -441,9 +445,13 @@ fn provision(next: &mut VmState, target: HostId, reason: Reason) -> Result<(Stag
     Ok((Stage::Provisioning, reason))
 }
 
-fn moved(next: &mut VmState, now: UnixMs, illegal: Illegal) -> Result<(Stage, Reason), Illegal> {
+fn moved(next: &mut VmState, now: UnixMs) -> Step {
+    let refusal = illegal(next, "moved");
+    if !matches!(next.stage, Stage::Switching | Stage::FailingBack) {
+        return Err(refusal);
+    }
     let Some(host) = next.shadow.take() else {
-        return Err(illegal);
+        return Err(refusal);
     };
     next.moves_to(&host, next.epoch, now);
     next.last_error = None;
@@ -457,16 +465,16 @@ fn moved(next: &mut VmState, now: UnixMs, illegal: Illegal) -> Result<(Stage, Re
             next.manual = false;
             Ok((Stage::Unprotected, Reason::BackHome { host }))
         }
-        _ => Err(illegal),
+        _ => Err(refusal),
     }
 }
 
-fn release(next: &mut VmState, reason: Reason, illegal: Illegal) -> Result<(Stage, Reason), Illegal> {
+fn release(next: &mut VmState, reason: Reason) -> Step {
     match next.stage {
         Stage::Provisioning | Stage::Seeding | Stage::Standby | Stage::Armed => {}
         // Without a way back the VM belongs where it is.
         Stage::Active | Stage::Reverse => next.home = next.host.clone(),
-        _ => return Err(illegal),
+        _ => return Err(illegal(next, "release")),
     }
     next.take_epoch();
     next.drop_shadow();
@@ -474,7 +482,10 @@ fn release(next: &mut VmState, reason: Reason, illegal: Illegal) -> Result<(Stag
     Ok((Stage::Unprotected, reason))
 }
 
-fn adopt(next: &mut VmState, shadow: HostId, epoch: Epoch, warm: bool) -> Result<(Stage, Reason), Illegal> {
+fn adopt(next: &mut VmState, shadow: HostId, epoch: Epoch, warm: bool) -> Step {
+    if next.stage != Stage::Unprotected && !unbuilt(next) {
+        return Err(illegal(next, "adopt"));
+    }
     if shadow == next.host {
         return Err(Illegal::OwnHost(shadow));
     }

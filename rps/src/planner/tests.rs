@@ -43,8 +43,15 @@ impl Scene {
     /// One-core hosts.
     fn new(hosts: &[&str]) -> Self {
         let now = UnixMs(1_000_000);
-        let up = Report { up: true, ..Report::default() };
-        let policy = Policy { provision_slots: 2, mem_reserve_bytes: 64 << 20, ..Policy::default() };
+        let up = Report {
+            up: true,
+            ..Report::default()
+        };
+        let policy = Policy {
+            provision_slots: 2,
+            mem_reserve_bytes: 64 << 20,
+            ..Policy::default()
+        };
         Self {
             now,
             vms: Vec::new(),
@@ -63,12 +70,17 @@ impl Scene {
         let mut s = Self::new(&["a", "b"]);
         s.vm(1, "web", "a", steps(0.2, 0, 0.2));
         s.vm(2, "neighbour", "a", steps(0.3, from, 1.0));
-        s.policy.vms = vec![policy::VmPolicy { vm: "neighbour".into(), protect: false, threshold: None }];
+        s.policy.vms = vec![policy::VmPolicy {
+            vm: "neighbour".into(),
+            protect: false,
+            threshold: None,
+        }];
         s
     }
 
     fn vm(&mut self, n: u128, name: &str, at: &str, bands: Quantiles) {
-        self.states.insert(id(n), VmState::new(id(n), name, &host(at), self.now));
+        self.states
+            .insert(id(n), VmState::new(id(n), name, &host(at), self.now));
         self.vms.push(VmInput {
             vm: id(n),
             name: name.into(),
@@ -107,13 +119,23 @@ impl Scene {
     }
 
     fn outlook(&self) -> Outlook {
-        let params = Params { horizon: HORIZON, ..Params::default() };
+        let params = Params {
+            horizon: HORIZON,
+            ..Params::default()
+        };
         let hosts = self.hosts.iter().cloned().map(|mut h| {
             // An agent that speaks, spoke just now.
             h.last_sample = h.last_sample.map(|t| if t.0 == 0 { t } else { self.now });
             h
         });
-        Outlook::assemble(self.now, 1_000, &params, self.draws.clone(), self.vms.clone(), hosts.collect())
+        Outlook::assemble(
+            self.now,
+            1_000,
+            &params,
+            self.draws.clone(),
+            self.vms.clone(),
+            hosts.collect(),
+        )
     }
 
     /// `n` slots go by in which nothing changes.
@@ -148,7 +170,11 @@ impl Scene {
     fn nothing(&self, n: u128, class: &str, word: &str) {
         let d = self.of(n);
         assert_eq!((&d.action, d.class), (&Action::Nothing, class), "{d:#?}");
-        assert!(d.because.starts_with("nothing, because ") && d.because.contains(word), "{}", d.because);
+        assert!(
+            d.because.starts_with("nothing, because ") && d.because.contains(word),
+            "{}",
+            d.because
+        );
     }
 }
 
@@ -174,7 +200,11 @@ fn contention_in_sight_makes_a_shadow_and_says_why() {
     let d = Scene::demo(40).slots(2).of(1);
     assert_eq!(d.action, Action::Provision { target: host("b") });
     assert!(matches!(d.reason, Some(Reason::Predicted { .. })));
-    assert!(d.because.contains("contention is expected in") && d.because.contains("b has room"), "{}", d.because);
+    assert!(
+        d.because.contains("contention is expected in") && d.because.contains("b has room"),
+        "{}",
+        d.because
+    );
     assert_eq!(verdict(&d, "a"), "the VM runs here");
     assert!(verdict(&d, "b").starts_with("room over the whole horizon"));
     let i = &d.inputs;
@@ -209,7 +239,11 @@ fn nothing_is_done_without_a_reason_that_is_told() {
 
     let mut s = Scene::demo(40).slots(2);
     s.fleet.get_mut(&host("a")).unwrap().up = false;
-    s.nothing(1, "host_unfit", "its own host a can't send it: its replicator does not answer");
+    s.nothing(
+        1,
+        "host_unfit",
+        "its own host a can't send it: its replicator does not answer",
+    );
 }
 
 #[test]
@@ -228,7 +262,9 @@ fn every_host_that_is_passed_over_has_its_reason() {
     s.vm(3, "twin", "c", steps(0.1, 0, 0.1));
     s.vm(4, "heavy", "d", steps(0.95, 0, 0.95));
     s.policy.vms = Scene::demo(1).policy.vms;
-    s.policy.anti_affinity = vec![policy::Group { vms: vec!["web".into(), "twin".into()] }];
+    s.policy.anti_affinity = vec![policy::Group {
+        vms: vec!["web".into(), "twin".into()],
+    }];
     s.policy.maintenance = vec![host("h")];
     let set = |s: &mut Scene, name: &str, f: fn(&mut HostInput)| {
         f(s.hosts.iter_mut().find(|h| h.host == host(name)).unwrap());
@@ -245,7 +281,10 @@ fn every_host_that_is_passed_over_has_its_reason() {
         ("b", "room over the whole horizon"),
         ("c", "twin is there and may not share a host"),
         ("d", "contention probability would be"),
-        ("e", "300 MiB of memory available, the shadow takes 256 MiB and 64 MiB stay free"),
+        (
+            "e",
+            "300 MiB of memory available, the shadow takes 256 MiB and 64 MiB stay free",
+        ),
         ("f", "its agent has been silent for"),
         ("g", "its replicator does not answer"),
         ("h", "it is under maintenance"),
@@ -295,10 +334,21 @@ fn budgets_bound_copies_and_memory() {
     s.vm(2, "other", "a", steps(0.2, 0, 0.2));
     s.vm(3, "db", "c", steps(0.3, 40, 1.2));
     s.vm(4, "cache", "c", steps(0.2, 0, 0.2));
-    s.policy.vms = ["web", "db"].map(|vm| policy::VmPolicy { vm: vm.into(), protect: false, threshold: None }).into();
+    s.policy.vms = ["web", "db"]
+        .map(|vm| policy::VmPolicy {
+            vm: vm.into(),
+            protect: false,
+            threshold: None,
+        })
+        .into();
     let mut s = s.slots(2);
     // Both could go to B, but one copy at a time is allowed there.
-    let made: Vec<_> = s.plan().into_iter().filter(|d| d.action != Action::Nothing).map(|d| d.vm).collect();
+    let made: Vec<_> = s
+        .plan()
+        .into_iter()
+        .filter(|d| d.action != Action::Nothing)
+        .map(|d| d.vm)
+        .collect();
     assert_eq!(made, [id(2)]);
     s.nothing(4, "no_target", "b: 1 first copies are under way there already");
     s.policy.seeds_per_host = 2;
@@ -307,13 +357,24 @@ fn budgets_bound_copies_and_memory() {
     s.nothing(4, "budget", "1 in all");
     s.policy.seeds_total = 9;
     s.policy.shadow_ram_share = 0.1;
-    s.nothing(4, "no_target", "shadows there would take 512 MiB, the policy allows 409 MiB");
+    s.nothing(
+        4,
+        "no_target",
+        "shadows there would take 512 MiB, the policy allows 409 MiB",
+    );
 }
 
 #[test]
 fn a_warm_shadow_waits_is_armed_and_switched_in_time() {
     let far = Scene::demo(59).warm(Stage::Standby);
-    let far = Scene { policy: Policy { arm_s: 20.0, ..far.policy.clone() }, ..far }.slots(2);
+    let far = Scene {
+        policy: Policy {
+            arm_s: 20.0,
+            ..far.policy.clone()
+        },
+        ..far
+    }
+    .slots(2);
     far.nothing(1, "warm", "the switchover is due 6.0 s before");
 
     let mut near = Scene::demo(15).warm(Stage::Standby);
@@ -420,7 +481,13 @@ fn a_host_that_gets_crowded_is_fled_before_the_stay_is_over() {
 
 #[test]
 fn what_is_under_way_is_left_alone() {
-    for stage in [Stage::Provisioning, Stage::Seeding, Stage::Switching, Stage::FailingBack, Stage::Active] {
+    for stage in [
+        Stage::Provisioning,
+        Stage::Seeding,
+        Stage::Switching,
+        Stage::FailingBack,
+        Stage::Active,
+    ] {
         Scene::demo(2).warm(stage).slots(3).nothing(1, "under_way", "");
     }
     let mut s = Scene::demo(2).warm(Stage::Failed);
@@ -449,7 +516,11 @@ fn an_operators_wish_is_taken_if_the_host_can_serve_at_all() {
     };
     // Crowded is the operator's business.
     assert_eq!(wish(&s, Some("b")), Ok(host("b")));
-    assert!(wish(&s, None).unwrap_err().contains("b: contention probability would be"));
+    assert!(
+        wish(&s, None)
+            .unwrap_err()
+            .contains("b: contention probability would be")
+    );
     assert!(wish(&s, Some("a")).unwrap_err().contains("the VM runs here"));
     assert!(wish(&s, Some("z")).unwrap_err().contains("no replicator is configured"));
     s.fleet.get_mut(&host("b")).unwrap().up = false;
@@ -472,7 +543,11 @@ fn a_streak_counts_a_slot_once_and_breaks() {
 
 #[test]
 fn cooldowns_double_and_end() {
-    let p = Policy { cooldown_s: 10.0, cooldown_max_s: 65.0, ..Policy::default() };
+    let p = Policy {
+        cooldown_s: 10.0,
+        cooldown_max_s: 65.0,
+        ..Policy::default()
+    };
     let all: Vec<u64> = [0, 1, 2, 3, 4, u32::MAX].map(|n| p.cooldown_ms(n)).into();
     assert_eq!(all, [10_000, 10_000, 20_000, 40_000, 65_000, 65_000]);
 }

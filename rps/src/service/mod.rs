@@ -12,6 +12,7 @@ mod record;
 mod tasks;
 pub mod views;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -23,7 +24,7 @@ use umbra_api::{HostId, UnixMs, VmId};
 
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::ingest::{IngestError, Ingested, World};
+use crate::ingest::{IngestError, Ingested, SeriesKey, SlotRow, World};
 use crate::orchestrator::replicators::Replicators;
 use crate::orchestrator::{Core, Denied, Input, Outputs, Remembered, Request};
 use crate::outlook::{ForecastCache, Outlook, outlook};
@@ -64,11 +65,17 @@ struct Engine {
     streaks: Streaks,
     recorder: Recorder,
     outlook: Arc<Outlook>,
-    slots_written: UnixMs,
+    slots_written: Written,
     /// How CPS is computed, for explanations.
     method: &'static str,
     failed: Option<StoreError>,
 }
+
+/// The start of the newest slot of each series that is stored.
+type Written = BTreeMap<SeriesKey, UnixMs>;
+
+/// Slots back to which a series that lags behind the others is still stored: an agent's backlog.
+const BACKLOG_SLOTS: u64 = 32;
 
 /// Why an operator's request was turned down.
 #[derive(Debug, thiserror::Error)]
@@ -97,18 +104,8 @@ impl Service {
         let store = SqliteStore::open(&config.store)?;
         let reader = SqliteStore::open_reader(&config.store)?;
         let loaded = store.load()?;
-        let mut world = World::new(config.world_params());
-        let shape = world.shape();
-        let kept_ms = i64::try_from(shape.slot_ms.saturating_mul(shape.keep_slots as u64)).unwrap_or(i64::MAX);
-        let slots = store.slots(now.plus_ms(-kept_ms))?;
-        let slots_written = slots.last().map_or(UnixMs(0), |s| s.start);
-        tracing::info!(
-            vms = loaded.states.len(),
-            slots = slots.len(),
-            "resumed from {}",
-            config.store.display()
-        );
-        world.load(slots, now);
+        let (world, slots_written) = resume_world(&config, &store, now)?;
+        tracing::info!(vms = loaded.states.len(), "resumed from {}", config.store.display());
         let policy = config.policy();
         let remembered = Remembered {
             states: loaded.states,
@@ -267,10 +264,11 @@ impl Service {
 
     /// A new outlook: it is counted in the streaks, its slots go to the store, and the planner decides by it.
     fn take_outlook(self: &Arc<Self>, outlook: Outlook) -> Result<(), ()> {
-        let since = lock(&self.engine).slots_written.plus_ms(1);
-        let rows = lock(&self.world).world.closed_slots(since);
+        let back_ms = i64::try_from(self.config.slot_ms.saturating_mul(BACKLOG_SLOTS)).unwrap_or(i64::MAX);
+        let rows = lock(&self.world).world.closed_slots(outlook.now.plus_ms(-back_ms));
         let mut guard = lock(&self.engine);
         let engine = &mut *guard;
+        let rows = engine.unwritten(rows);
         let now = wall_clock();
         self.show(&outlook, engine.core.fleet());
         let limit = self.config.contention.limit_ms_per_s;
@@ -279,8 +277,10 @@ impl Service {
             .streaks
             .observe(&outlook, engine.core.states(), &self.policy, limit);
         engine.outlook = Arc::new(outlook);
-        if let Some(last) = rows.iter().map(|r| r.start).max() {
-            engine.slots_written = last;
+        if !rows.is_empty() {
+            engine
+                .slots_written
+                .extend(rows.iter().map(|r| (r.key.clone(), r.start)));
             out.writes.push(Write::Slots(rows));
         }
         self.finish(engine, out)?;
@@ -366,6 +366,14 @@ impl Service {
 }
 
 impl Engine {
+    /// Of closed slots, oldest first in each series, those that are not stored.
+    fn unwritten(&self, rows: Vec<SlotRow>) -> Vec<SlotRow> {
+        let written = &self.slots_written;
+        rows.into_iter()
+            .filter(|r| written.get(&r.key).is_none_or(|t| r.start > *t))
+            .collect()
+    }
+
     fn decide(&self, now: UnixMs) -> Vec<planner::Decision> {
         let busy = self.core.busy();
         planner::plan(&self.input(&busy, now))
@@ -390,6 +398,17 @@ impl Engine {
         let busy = self.core.busy();
         planner::target_for(&self.input(&busy, now), seen, wish).map_err(RequestError::NoTarget)
     }
+}
+
+/// The world as the store knows it, and how far each series is stored.
+fn resume_world(config: &Config, store: &SqliteStore, now: UnixMs) -> Result<(World, Written), StoreError> {
+    let mut world = World::new(config.world_params());
+    let shape = world.shape();
+    let kept_ms = i64::try_from(shape.slot_ms.saturating_mul(shape.keep_slots as u64)).unwrap_or(i64::MAX);
+    let slots = store.slots(now.plus_ms(-kept_ms))?;
+    let written = slots.iter().map(|row| (row.key.clone(), row.start)).collect();
+    world.load(slots, now);
+    Ok((world, written))
 }
 
 fn redirects(config: &Config) -> Vec<Box<dyn Redirect>> {

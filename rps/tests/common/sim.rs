@@ -46,6 +46,9 @@ pub struct Faults {
     pub host_down: f64,
 }
 
+/// When it arrives, of whom, when it was asked, what was told.
+type Poll = (UnixMs, HostId, UnixMs, Result<Vec<ReplicaStatus>, String>);
+
 pub struct Sim {
     pub hosts: Hosts,
     pub core: Core,
@@ -57,7 +60,7 @@ pub struct Sim {
     rng: u64,
     wire: Vec<(UnixMs, HostId, Order)>,
     answers: Vec<(UnixMs, OrderId, Answer)>,
-    polls: Vec<(UnixMs, HostId, UnixMs, Result<Vec<ReplicaStatus>, String>)>,
+    polls: Vec<Poll>,
     /// Every order that left the house, in order, repetitions included.
     pub sent: Vec<(HostId, Order)>,
     pub redirects: usize,
