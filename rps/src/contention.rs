@@ -50,7 +50,7 @@ impl Draws {
             correlation: lawful(dependence.correlation),
             persistence: lawful(dependence.persistence),
         };
-        let mut rng = SplitMix(0x756d_6272_61);
+        let mut rng = SplitMix(0x0075_6d62_7261);
         let mut scores = Vec::with_capacity(horizon * PATHS);
         let mut path: Vec<f64> = Vec::new();
         let (keep, fresh) = (dependence.persistence, (1.0 - dependence.persistence.powi(2)).sqrt());
@@ -264,3 +264,7 @@ pub fn normal_cdf(z: f64) -> f64 {
     let tail = (-z * z / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt() * poly;
     if z >= 0.0 { 1.0 - tail } else { tail }
 }
+
+#[cfg(test)]
+#[path = "contention_tests.rs"]
+mod tests;

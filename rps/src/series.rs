@@ -134,8 +134,9 @@ impl Series {
         let interval = i64::try_from(interval_ms).unwrap_or(i64::MAX).min(reach);
         let start = end.plus_ms(-interval);
         let (first, last) = (self.shape.slot_of(start), self.shape.slot_of(end.plus_ms(-1)));
-        self.advance_to(last);
         for slot in first..=last {
+            // One at a time: an interval longer than the late window must not close its own first slots.
+            self.advance_to(slot);
             let from = self.shape.start_of(slot).0.max(start.0);
             let to = self.shape.start_of(slot + 1).0.min(end.0);
             let overlap_ms = u64::try_from(to - from).unwrap_or(0);

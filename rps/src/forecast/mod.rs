@@ -200,7 +200,7 @@ pub fn weighted_quantile(sorted: &[(f64, f64)], level: f64) -> Option<f64> {
     }
     let target = level * total;
     let (mut seen, mut previous) = (0.0, None::<(f64, f64)>);
-    for (value, weight) in sorted {
+    for (value, weight) in sorted.iter().filter(|(_, w)| *w > 0.0) {
         let mid = seen + weight / 2.0;
         if mid >= target {
             let Some((v0, m0)) = previous else { return Some(*value) };
@@ -212,3 +212,6 @@ pub fn weighted_quantile(sorted: &[(f64, f64)], level: f64) -> Option<f64> {
     }
     previous.map(|(v, _)| v)
 }
+
+#[cfg(test)]
+mod tests;

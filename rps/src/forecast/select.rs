@@ -97,17 +97,23 @@ impl Selector {
             period: self.period,
             ..history.clone()
         };
-        self.ranking = experts
-            .iter()
-            .filter_map(|e| Some((e.name().to_owned(), backtest::judge(e.as_ref(), &history, horizon)?)))
-            .collect();
+        let judged = experts.iter().filter_map(|expert| {
+            let record = backtest::judge(expert.as_ref(), &history, horizon)?;
+            Some((expert.name().to_owned(), record))
+        });
+        self.ranking = judged.collect();
         self.ranking.sort_by(|a, b| a.1.pinball.total_cmp(&b.1.pinball));
-        let pinball = |name: &str| self.ranking.iter().find(|(n, _)| n == name).map(|(_, r)| r.pinball);
         if let Some((best, record)) = self.ranking.first()
-            && pinball(&self.chosen).is_none_or(|old| record.pinball < BETTER_BY * old)
+            && self
+                .pinball(&self.chosen)
+                .is_none_or(|old| record.pinball < BETTER_BY * old)
         {
             self.chosen.clone_from(best);
         }
+    }
+
+    fn pinball(&self, name: &str) -> Option<f64> {
+        self.ranking.iter().find(|(n, _)| n == name).map(|(_, r)| r.pinball)
     }
 
     /// The chosen expert, or else the best that has something to say; the baseline always has.

@@ -4,7 +4,7 @@
 use super::{Band, Forecaster, History, LEVELS, NORMAL, P50, Quantiles, weighted_quantile};
 
 /// Past slots whose errors are looked at.
-const ERRORS_MAX: usize = 512;
+const ERRORS_MAX: usize = 360;
 /// An error's weight halves with this many slots of age: spreads change.
 const HALF_LIFE: f64 = 120.0;
 /// Fewer errors than this at a distance, and the spread is scaled up from a shorter distance.
@@ -87,6 +87,21 @@ struct Applied<'a> {
     rule: Rule,
     history: &'a History,
     prefix: Prefix,
+    /// Weight of an error by age in slots.
+    weights: Vec<f64>,
+}
+
+impl<'a> Applied<'a> {
+    fn new(rule: Rule, history: &'a History) -> Self {
+        let n = history.len().min(ERRORS_MAX);
+        let weights = (0..n).map(|age| 0.5f64.powf(age as f64 / HALF_LIFE)).collect();
+        Self {
+            rule,
+            history,
+            prefix: Prefix::new(history.values()),
+            weights,
+        }
+    }
 }
 
 impl Applied<'_> {
@@ -113,15 +128,16 @@ impl Applied<'_> {
     /// Past errors at distance `h` with their weights, ascending.
     fn errors(&self, h: usize) -> Vec<(f64, f64)> {
         let n = self.history.len();
-        let from = n.saturating_sub(ERRORS_MAX);
-        let mut errors: Vec<_> = (from..n)
-            .filter_map(|target| {
+        let weighed = self.weights.iter().enumerate();
+        let mut errors: Vec<_> = weighed
+            .filter_map(|(age, weight)| {
+                let target = n - 1 - age;
                 let actual = self.history.actual(target)?;
                 let point = self.point((target + 1).checked_sub(h)?, h)?;
-                Some((actual - point, 0.5f64.powf((n - 1 - target) as f64 / HALF_LIFE)))
+                Some((actual - point, *weight))
             })
             .collect();
-        errors.sort_by(|a, b| a.0.total_cmp(&b.0));
+        errors.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
         errors
     }
 
@@ -196,11 +212,7 @@ impl Forecaster for Simple {
     }
 
     fn forecast(&self, history: &History, horizon: usize) -> Option<Quantiles> {
-        let rule = Applied {
-            rule: self.rule,
-            history,
-            prefix: Prefix::new(history.values()),
-        };
+        let rule = Applied::new(self.rule, history);
         let n = history.len();
         let points: Option<Vec<f64>> = (1..=horizon).map(|h| rule.point(n, h)).collect();
         let points = points?;
