@@ -189,6 +189,13 @@ impl Drop for Guarded {
 
 pub struct Vm(Guarded);
 
+/// `/proc/PID/task/*/schedstat`, summed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SchedStat {
+    pub run_ns: u64,
+    pub wait_ns: u64,
+}
+
 impl Vm {
     /// `wrapper` replaces itself by QEMU, so that the pid is QEMU's.
     pub fn start(lab: &Lab, wrapper: &str, before: &[&str], args: &[&str]) -> Self {
@@ -220,16 +227,24 @@ impl Vm {
         self.0.0.id()
     }
 
-    /// (run, wait) of all threads, in ns.
-    pub fn schedstat(&self) -> (u64, u64) {
+    /// What the kernel accounts to all threads, before and after `work`.
+    pub fn around(&self, work: impl FnOnce()) -> [SchedStat; 2] {
+        let before = self.schedstat();
+        work();
+        [before, self.schedstat()]
+    }
+
+    fn schedstat(&self) -> SchedStat {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let one = |path: PathBuf| {
-            let text = fs::read_to_string(path.join("schedstat")).ok()?;
+        let mut sum = SchedStat::default();
+        // A thread may end between the listing and the reading.
+        let texts = tasks.filter_map(|t| fs::read_to_string(t.ok()?.path().join("schedstat")).ok());
+        for text in texts {
             let mut fields = text.split_whitespace().map(|f| f.parse::<u64>().unwrap());
-            Some((fields.next()?, fields.next()?))
-        };
-        let all = tasks.filter_map(|t| one(t.unwrap().path()));
-        all.fold((0, 0), |sum, t| (sum.0 + t.0, sum.1 + t.1))
+            sum.run_ns += fields.next().unwrap();
+            sum.wait_ns += fields.next().unwrap();
+        }
+        sum
     }
 
     pub fn qmp(&self, lab: &Lab) -> Qmp {
