@@ -34,7 +34,8 @@ enum Who {
 
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum When {
-    Seeding,
+    /// So many milliseconds after the order to protect was accepted.
+    Seeding(u64),
     Standby,
     /// So many milliseconds after the order to switch over was accepted.
     Switching(u64),
@@ -48,17 +49,12 @@ fn case(pair: &mut Pair, who: Who, when: When) -> Result<()> {
     let to = other(&from).to_owned();
     let victim = if who == Who::Source { &from } else { &to };
     pair.protect(&from, &to)?;
-    if when == When::Seeding {
-        wait_for("the first copy to be under way", Duration::from_secs(20), || {
-            let r = pair.replica(&from, Role::Source)?;
-            Ok(r.filter(|r| r.phase == Phase::Seeding && r.progress.seeded_bytes > 0)
-                .map(|_| ()))
-        })?;
-    } else {
+    if !matches!(when, When::Seeding(_)) {
         pair.wait_standby(&from)?;
     }
     match when {
-        When::Seeding | When::Standby => {}
+        When::Seeding(ms) => std::thread::sleep(Duration::from_millis(ms)),
+        When::Standby => {}
         When::Switching(ms) => {
             let epoch = pair.next_epoch();
             pair.order(&from, epoch, OrderKind::Switchover)?;
@@ -68,9 +64,10 @@ fn case(pair: &mut Pair, who: Who, when: When) -> Result<()> {
             pair.switchover(&from)?;
         }
     }
+    let phase = pair.replica(&from, Role::Source)?.map(|r| r.phase);
     pair.kill_replicator(victim)?;
     // While it is dead nothing may run twice; before a commit the VM runs on without any help.
-    if matches!(when, When::Seeding | When::Standby) {
+    if matches!(when, When::Seeding(_) | When::Standby) {
         ensure!(pair.wait_runs()? == from, "the VM runs on where it was");
     }
     pair.restart_replicator(victim)?;
@@ -78,7 +75,7 @@ fn case(pair: &mut Pair, who: Who, when: When) -> Result<()> {
     if when == When::After {
         ensure!(now == to, "a switchover that is over stays so");
     }
-    println!("{who:?} killed in {when:?}: it was on {from} and runs on {now}");
+    println!("{who:?} killed in {when:?} (the source was {phase:?}): it was on {from} and runs on {now}");
     ensure!(pair.errors()? == 0, "no pattern error");
     tidy(pair)
 }
@@ -101,9 +98,11 @@ fn tidy(pair: &mut Pair) -> Result<()> {
 fn either_replicator_is_killed_in_each_phase() {
     with_pair("killed", &spec(), |pair| {
         for who in [Who::Source, Who::Target] {
+            let seeding = [0, 150, 400].map(When::Seeding);
             let switching = [0, 4, 8, 12, 18, 30].map(When::Switching);
-            for when in [When::Seeding, When::Standby]
+            for when in seeding
                 .into_iter()
+                .chain([When::Standby])
                 .chain(switching)
                 .chain([When::After])
             {

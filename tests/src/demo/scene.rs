@@ -107,6 +107,9 @@ impl<'a> Scene<'a> {
         if self.elapsed_s() >= self.told_s + TOLD_EVERY_S {
             self.told_s += TOLD_EVERY_S;
             say!("{}", say::dim(&self.words(story)));
+            if let Some(why) = story.map(Story::hesitation).transpose()?.flatten() {
+                say!("          {}", say::dim(&format!("Umbra: {why}")));
+            }
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use umbra_api::lifecycle::Stage;
-use umbra_api::replica::SwitchoverReport;
+use umbra_api::replica::{Role, SwitchoverReport};
 use umbra_api::view::{DecisionView, LifecycleEvent, VmView};
 use umbra_api::{UnixMs, VmId};
 
@@ -15,7 +15,7 @@ use super::say;
 use super::scene::Scene;
 use crate::lab::Lab;
 use crate::lab::copies::{switchovers_ms, wall_us};
-use crate::lab::daemons;
+use crate::lab::daemons::{self, Replicator};
 
 /// Events of one VM that are asked for.
 const EVENTS: usize = 200;
@@ -83,8 +83,8 @@ impl<'a> Story<'a> {
         {
             self.switchovers.push(report);
         }
-        if self.switchovers.is_empty() {
-            self.seed_ms = self.seed_ms.or(view.progress.and_then(|p| p.seed_ms));
+        if self.seed_ms.is_none() && view.summary.shadow.is_some() {
+            self.seed_ms = self.seed_ms()?;
         }
         self.view = Some(view);
         for e in fresh {
@@ -94,23 +94,51 @@ impl<'a> Story<'a> {
         Ok(())
     }
 
+    /// How long the first copy took: the source's replicator keeps the figure, whatever came after.
+    fn seed_ms(&self) -> Result<Option<u64>> {
+        let replicas = Replicator {
+            host: self.lab.host("a")?,
+        }
+        .replicas()?;
+        let source = replicas.into_iter().find(|r| r.vm == self.vm && r.role == Role::Source);
+        Ok(source.and_then(|r| r.progress.seed_ms))
+    }
+
+    /// Why the planner does nothing although contention is foreseen; empty when it is not.
+    pub fn hesitation(&self) -> Result<Option<String>> {
+        let hesitates = |v: &VmView| v.summary.stage == Stage::Unprotected && v.summary.cps > v.summary.threshold;
+        if !self.view.as_ref().is_some_and(hesitates) {
+            return Ok(None);
+        }
+        let why = self.ask::<DecisionView>(&format!("/v1/vms/{}/explain", self.vm))?;
+        Ok(why.map(|d| d.because))
+    }
+
     fn tell(&mut self, e: &LifecycleEvent) -> Result<()> {
         let stage = say::bold(&format!("{:<12}", e.to.name()));
         let standing = self.standing();
         say!("  {:>6.1} s  {stage} {}{standing}", self.since_start_s(e.t), e.reason);
         if e.to == Stage::Provisioning && self.expected_in_s.is_none() {
-            let path = format!("/v1/vms/{}/explain", self.vm);
-            if let Some(d) = self.ask::<DecisionView>(&path)? {
-                self.expected_in_s = d.inputs.contention_in_s;
-                say!("            {}", say::dim(&format!("because {}", d.because)));
-                for h in &d.hosts {
-                    let mark = if h.chosen { "chosen" } else { "not chosen" };
-                    say!(
-                        "            {}",
-                        say::dim(&format!("host {} {mark}: {}", h.host, h.reason))
-                    );
-                }
-            }
+            self.explain(e)?;
+        }
+        Ok(())
+    }
+
+    /// The decision behind an edge, as the RPS keeps it.
+    fn explain(&mut self, e: &LifecycleEvent) -> Result<()> {
+        let path = format!("/v1/decisions?vm={}", self.vm);
+        let decisions: Vec<DecisionView> = self.ask(&path)?.unwrap_or_default();
+        let Some(d) = decisions.into_iter().find(|d| Some(d.id) == e.decision) else {
+            return Ok(());
+        };
+        self.expected_in_s = d.inputs.contention_in_s;
+        say!("            {}", say::dim(&d.because));
+        for h in &d.hosts {
+            let mark = if h.chosen { "is chosen" } else { "is not chosen" };
+            say!(
+                "            {}",
+                say::dim(&format!("host {} {mark}: {}", h.host, h.reason))
+            );
         }
         Ok(())
     }

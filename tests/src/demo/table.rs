@@ -61,7 +61,7 @@ pub fn both(f: &Figures) -> String {
 
 fn table(head: &[&str]) -> Table {
     let mut t = Table::new();
-    t.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(head);
+    t.load_style(presets::UTF8_FULL_CONDENSED).set_header(head);
     for column in t.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

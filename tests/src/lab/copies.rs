@@ -47,6 +47,8 @@ struct Book {
     turns: Vec<Turn>,
     /// More than one copy was running in the same look.
     doubles: Vec<String>,
+    /// When a process was found to be gone, by the wall clock.
+    ends: BTreeMap<i32, i64>,
     /// Hosts of the copies that ran in the last look.
     running: Vec<String>,
 }
@@ -90,9 +92,13 @@ impl Copies {
         self.book().looks.clone()
     }
 
-    /// Moments at which two copies ran: there must be none.
+    /// Times at which two copies ran: there must be none. Both by what QEMU answered when asked, and by its own STOP
+    /// and RESUME events, which miss nothing between two questions.
     pub fn doubles(&self) -> Vec<String> {
-        self.book().doubles.clone()
+        let book = self.book();
+        let mut doubles = book.doubles.clone();
+        doubles.extend(overlaps(&book.turns, &book.ends));
+        doubles
     }
 
     /// Hosts on which a copy ran at the last look, at most a moment ago.
@@ -132,6 +138,41 @@ pub fn switchovers_ms(turns: &[Turn]) -> Vec<f64> {
         }
     }
     found
+}
+
+/// When two copies ran at once, by their events. A copy whose first event is STOP ran before it; one without events is not judged.
+/// `ends`: when a process was found to be gone.
+fn overlaps(turns: &[Turn], ends: &BTreeMap<i32, i64>) -> Vec<String> {
+    let mut turns = turns.to_vec();
+    turns.sort_by_key(|t| t.at_us);
+    // Pid, from, to.
+    let mut runs: Vec<(i32, i64, i64)> = Vec::new();
+    for t in &turns {
+        let known = runs.iter().any(|r| r.0 == t.pid);
+        let open = runs.iter_mut().find(|r| r.0 == t.pid && r.2 == i64::MAX);
+        match (t.event.as_str(), open) {
+            ("STOP", Some(run)) => run.2 = t.at_us,
+            ("STOP", None) if !known => runs.push((t.pid, i64::MIN, t.at_us)),
+            ("RESUME", None) => runs.push((t.pid, t.at_us, i64::MAX)),
+            _ => {}
+        }
+    }
+    for run in runs.iter_mut().filter(|r| r.2 == i64::MAX) {
+        run.2 = ends.get(&run.0).copied().unwrap_or(i64::MAX);
+    }
+    let pairs = runs
+        .iter()
+        .enumerate()
+        .flat_map(|(i, a)| runs.iter().skip(i + 1).map(move |b| (a, b)));
+    pairs
+        .filter(|(a, b)| a.0 != b.0 && a.1.max(b.1) < a.2.min(b.2))
+        .map(|(a, b)| {
+            format!(
+                "processes {} and {} ran at the same time, by their own events: {a:?} {b:?}",
+                a.0, b.0
+            )
+        })
+        .collect()
 }
 
 fn waits_ms(looks: &[Look], start: Instant, seconds: usize) -> Vec<f64> {
@@ -203,7 +244,10 @@ impl Watcher {
             });
         }
         let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
-        book.running = running.iter().filter_map(|pid| Some(self.known.get(pid)?.host.clone())).collect();
+        book.running = running
+            .iter()
+            .filter_map(|pid| Some(self.known.get(pid)?.host.clone()))
+            .collect();
         if running.len() > 1 {
             book.doubles
                 .push(format!("processes {running:?} were running at the same time"));
@@ -211,6 +255,7 @@ impl Watcher {
         for pid in gone {
             if let Some(mut copy) = self.known.remove(&pid) {
                 copy.take_turns(pid, &mut book.turns);
+                book.ends.insert(pid, wall_us());
             }
         }
     }
@@ -291,6 +336,25 @@ mod tests {
             turn(2, "RESUME", 18_500),
         ];
         assert_eq!(switchovers_ms(&turns), vec![8.5]);
+    }
+
+    #[test]
+    fn two_at_once_are_found_between_two_looks() {
+        let good = [
+            turn(1, "STOP", 10),
+            turn(2, "RESUME", 12),
+            turn(2, "STOP", 20),
+            turn(1, "RESUME", 25),
+        ];
+        assert!(overlaps(&good, &BTreeMap::new()).is_empty());
+        let early = [turn(2, "RESUME", 9), turn(1, "STOP", 10)];
+        assert_eq!(overlaps(&early, &BTreeMap::new()).len(), 1);
+        let again = [turn(1, "STOP", 10), turn(2, "RESUME", 12), turn(1, "RESUME", 30)];
+        assert_eq!(overlaps(&again, &BTreeMap::new()).len(), 1);
+        assert!(
+            overlaps(&again, &[(2, 29)].into()).is_empty(),
+            "the second one was gone by then"
+        );
     }
 
     #[test]

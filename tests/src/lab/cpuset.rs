@@ -1,4 +1,4 @@
-//! A cpuset a host, in cgroup v1 or v2, whichever the machine has. Where it has neither, affinity alone (see
+//! A cpuset a host, and a place for its tiers, in cgroup v1 or v2, whichever the machine has. Where it has neither, affinity alone (see
 //! [`super::sys::place`]) keeps a host on its core.
 
 use std::fs::{self, File};
@@ -49,4 +49,16 @@ pub fn make(ledger: &Ledger, host: &str, cpus: &[usize]) -> Result<Option<File>>
         .open(&procs)
         .with_context(|| format!("opening {}", procs.display()))?;
     Ok(Some(file))
+}
+
+/// Names the group below the cpu controller that a daemon of this host may make for its tiers, and sees to its end.
+pub fn cpu_group(ledger: &Ledger, host: &str) -> Result<String> {
+    let name = format!("{}-{host}-tiers", ledger.name());
+    let v1 = fs::read_dir(V2)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| Some(e.ok()?.path()));
+    let mounts = v1.filter(|p| p.join("cpu.shares").exists()).chain([PathBuf::from(V2)]);
+    ledger.record(mounts.map(|m| Item::Cgroup(m.join(&name))))?;
+    Ok(name)
 }

@@ -111,11 +111,12 @@ fn agent_toml(host: &Host, rps: &Host) -> String {
 fn replicator_toml(host: &Host) -> Result<String> {
     Ok(format!(
         "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\
-         ram_dir = \"{}\"\nscope = \"netns\"\n",
+         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\n",
         host.name,
         host.folder("state")?.display(),
         host.folder("run")?.display(),
         host.ram_folder()?.display(),
+        host.cpu_group()?,
         ip = host.ip,
     ))
 }

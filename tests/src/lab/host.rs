@@ -75,6 +75,11 @@ impl Host {
         Ok(path)
     }
 
+    /// The cgroup that this host's replicator may make below the cpu controller.
+    pub fn cpu_group(&self) -> Result<String> {
+        cpuset::cpu_group(&self.ledger, &self.name)
+    }
+
     /// Starts `cmd` in this host's namespace and on its cores. Output goes to a log in the lab's folder; a second process of
     /// the same name goes on in the same log.
     pub fn spawn(&self, name: &str, mut cmd: Command) -> Result<Process> {

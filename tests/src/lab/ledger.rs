@@ -296,10 +296,6 @@ fn boot_id() -> String {
 /// Removes everything in `items`, then the list. Returns what could not be removed; the list then stays for the next lab.
 fn teardown(list: &Path, items: &[Item]) -> Vec<String> {
     let mut problems = Vec::new();
-    let mut cgroups: Vec<PathBuf> = items
-        .iter()
-        .filter_map(|i| if let Item::Cgroup(p) = i { Some(p.clone()) } else { None })
-        .collect();
     let deadline = Instant::now() + DEATH_WAIT;
     loop {
         let left = alive(items);
@@ -307,7 +303,6 @@ fn teardown(list: &Path, items: &[Item]) -> Vec<String> {
             break;
         }
         for pid in &left {
-            cgroups.extend(umbra_cgroups(*pid));
             let _ = sys::kill(*pid, Signal::SIGKILL);
         }
         if Instant::now() > deadline {
@@ -316,10 +311,13 @@ fn teardown(list: &Path, items: &[Item]) -> Vec<String> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    // Deepest first.
-    cgroups.sort_by_key(|p| std::cmp::Reverse(p.components().count()));
-    cgroups.dedup();
-    problems.extend(cgroups.iter().filter_map(|p| remove_cgroup(p)));
+    problems.extend(items.iter().filter_map(|i| {
+        if let Item::Cgroup(p) = i {
+            remove_cgroup(p)
+        } else {
+            None
+        }
+    }));
     for item in items {
         if let Item::Dir(path) = item
             && let Err(e) = fs::remove_dir_all(path)
@@ -370,45 +368,15 @@ fn lives_in(pid: i32, items: &[Item]) -> bool {
     now.is_ok_and(|now| now == cookie)
 }
 
-/// Cgroups that a daemon of the lab made for a VM (tiers), found from a process that still is in them.
-fn umbra_cgroups(pid: i32) -> Vec<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    let mut found = Vec::new();
-    for line in text.lines() {
-        let mut parts = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
-            continue;
-        };
-        if !path.split('/').any(|p| p.starts_with("umbra")) || path.contains("..") {
-            continue;
-        }
-        let path = path.trim_start_matches('/');
-        let roots = if controllers.is_empty() {
-            vec!["/sys/fs/cgroup".to_owned(), "/sys/fs/cgroup/unified".to_owned()]
-        } else {
-            let name = controllers.trim_start_matches("name=");
-            name.split(',')
-                .map(|c| format!("/sys/fs/cgroup/{c}"))
-                .chain([format!("/sys/fs/cgroup/{name}")])
-                .collect()
-        };
-        // The group itself and those above it, as far as they are Umbra's; rmdir spares what is in use.
-        let mut relative = Path::new(path);
-        while relative
-            .components()
-            .any(|c| c.as_os_str().to_string_lossy().starts_with("umbra"))
+/// Removes a cgroup and those below it; a process that has just died may keep one busy for a moment.
+fn remove_cgroup(path: &Path) -> Option<String> {
+    for entry in fs::read_dir(path).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_type().is_ok_and(|t| t.is_dir())
+            && let Some(problem) = remove_cgroup(&entry.path())
         {
-            found.extend(roots.iter().map(|r| Path::new(r).join(relative)).filter(|p| p.is_dir()));
-            let Some(parent) = relative.parent() else { break };
-            relative = parent;
+            return Some(problem);
         }
     }
-    found
-}
-
-/// Removes a cgroup; a process that has just died may keep it busy for a moment. `None` when it is gone, or is still
-/// in use by others than this lab (a parent that two labs share).
-fn remove_cgroup(path: &Path) -> Option<String> {
     let mut last = String::new();
     for _ in 0..100 {
         match fs::remove_dir(path) {
@@ -416,22 +384,9 @@ fn remove_cgroup(path: &Path) -> Option<String> {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return None,
             Err(e) => last = format!("{}: {e}", path.display()),
         }
-        let mine = path
-            .file_name()
-            .is_some_and(|n| n.to_string_lossy().starts_with(PREFIX));
-        if !mine && (has_children(path) || !fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|p| p.is_empty())) {
-            return None;
-        }
         std::thread::sleep(Duration::from_millis(20));
     }
     Some(last)
-}
-
-fn has_children(path: &Path) -> bool {
-    fs::read_dir(path).is_ok_and(|d| {
-        d.filter_map(Result::ok)
-            .any(|e| e.file_type().is_ok_and(|t| t.is_dir()))
-    })
 }
 
 #[cfg(test)]

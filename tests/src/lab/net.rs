@@ -120,10 +120,13 @@ pub fn plug(switch: &Netns, ns: &Netns, host: &str, addr: Ipv4Addr, bridged: boo
         "link add up0 type veth peer name {port} netns {}\nlink set up0 up\n",
         switch.path()
     );
+    // A bridge without an address of its own borrows the lowest of its ports', and changes it when a tap comes or goes:
+    // neighbours then speak to an address that is not there any more.
+    let mac = format!("02:75:6d:62:72:{:02x}", addr.octets()[3]);
     let rest = if bridged {
         format!(
-            "link add br0 type bridge forward_delay 0 stp_state 0\nlink set up0 master br0\nlink set br0 up\n\
-             addr add {addr}/24 dev br0\n"
+            "link add br0 address {mac} type bridge forward_delay 0 stp_state 0\nlink set up0 master br0\n\
+             link set br0 up\naddr add {addr}/24 dev br0\n"
         )
     } else {
         format!("addr add {addr}/24 dev up0\n")
