@@ -24,16 +24,4 @@ pub mod tap;
 pub mod target;
 pub mod tier;
 
-/// An error and its sources in one line, each said once.
-pub fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut next = e.source();
-    while let Some(source) = next {
-        let more = source.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        next = source.source();
-    }
-    text
-}
+pub use umbra_daemon::chain;

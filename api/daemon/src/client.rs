@@ -135,7 +135,7 @@ impl Client {
             .headers_mut()
             .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let work = async {
-            let answer = self.pool.request(request).await.map_err(|e| chain(&e))?;
+            let answer = self.pool.request(request).await.map_err(|e| crate::chain(&e))?;
             let (head, body) = answer.into_parts();
             let body = Limited::new(body, ANSWER_MAX)
                 .collect()
@@ -174,18 +174,4 @@ fn problem_of(status: StatusCode, body: &[u8]) -> Problem {
             text.chars().take(500).collect::<String>(),
         )
     })
-}
-
-/// hyper's errors hide the reason in their sources.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut next = e.source();
-    while let Some(s) = next {
-        let s_text = s.to_string();
-        if !text.contains(&s_text) {
-            text = format!("{text}: {s_text}");
-        }
-        next = s.source();
-    }
-    text
 }

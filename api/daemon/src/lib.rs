@@ -8,3 +8,17 @@ pub mod http;
 pub mod logs;
 pub mod metrics;
 pub mod stop;
+
+/// An error and its sources in one line, each said once: the reason often stands in the last one.
+pub fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(source) = next {
+        let more = source.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        next = source.source();
+    }
+    text
+}
