@@ -8,8 +8,10 @@ use super::simple::{Rule, SHRINK, Simple, spread};
 use super::smooth::{Ets, Mstl};
 use super::{Band, Forecaster, History, P50, Quantiles, season};
 
-/// A newcomer must be this much better than the expert that speaks now: figures of near equals should not flap.
-const BETTER_BY: f64 = 0.97;
+/// A newcomer must be this much better than the expert that speaks now. A backtest has few origins and is noisy: on random
+/// walks, where nothing beats the last value, a hurdle of 0.97 cost 6 to 10 % of its pinball loss and this one 3 to 7 %;
+/// ramps, seasons and noise were forecast equally well.
+const BETTER_BY: f64 = 0.9;
 
 /// All experts, the baseline first.
 pub fn experts() -> Vec<Box<dyn Forecaster>> {

@@ -68,18 +68,22 @@ fn noise_is_smoothed() {
     assert!(chosen < 0.9 * last, "{chosen} against {last}: {names:?}");
 }
 
+/// Nothing beats the last value here, so what is lost is the price of choosing. One walk shows mostly luck (up to 1.35).
 #[test]
-fn a_random_walk_is_not_worse_than_its_last_value() {
-    let mut noise = Noise(14);
-    let mut x = 5.0;
-    let values: Vec<f64> = (0..300)
-        .map(|_| {
+fn random_walks_cost_little_more_than_their_last_value() {
+    let ratio = |seed: u64| {
+        let mut noise = Noise(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut x = 5.0;
+        let mut step = |_| {
             x = (x + noise.normal(0.1)).clamp(0.0, 10.0);
             x
-        })
-        .collect();
-    let (chosen, last, names) = contest(&values, 60, 20);
-    assert!(chosen < 1.1 * last, "{chosen} against {last}: {names:?}");
+        };
+        let values: Vec<f64> = (0..240).map(&mut step).collect();
+        let (chosen, last, _) = contest(&values, 60, 20);
+        (chosen / last).ln()
+    };
+    let mean = ((1..=12).map(ratio).sum::<f64>() / 12.0).exp();
+    assert!(mean < 1.12, "{mean} of the last value's");
 }
 
 #[test]
