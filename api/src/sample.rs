@@ -37,6 +37,7 @@ pub struct SampleBatch {
 pub struct HostSample {
     /// CPUs that VMs may use.
     pub cpus: f64,
+    /// Time that these CPUs worked for somebody; niced work, which yields to VMs, is left out.
     pub cpu_busy_ns: u64,
     pub mem_total_bytes: u64,
     pub mem_available_bytes: u64,
