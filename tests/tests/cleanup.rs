@@ -75,11 +75,21 @@ fn links() -> BTreeSet<String> {
         .collect()
 }
 
-/// Interrupts a demo after `delay`, and looks for what is left.
+/// Waits until the demo has the machine: other labs may be at work.
+fn wait_begun(pid: u32) {
+    let deadline = Instant::now() + Duration::from_secs(1200);
+    while list_of(pid).is_none() {
+        assert!(Instant::now() < deadline, "the demo never got to make anything");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Interrupts a demo so long after it made its first thing, and looks for what is left.
 fn interrupted(args: &[&str], delay: Duration, signal: Signal) {
     let (mounts_before, links_before) = (mounts(), links());
     let mut demo = start_demo(args);
     let pid = demo.id();
+    wait_begun(pid);
     std::thread::sleep(delay);
     let items = list_of(pid).map(|l| ledger::read(&l)).unwrap_or_default();
     sys::kill(pid as i32, signal).unwrap();

@@ -104,9 +104,13 @@ impl<'a> Story<'a> {
         Ok(source.and_then(|r| r.progress.seed_ms))
     }
 
-    /// Why the planner does nothing although contention is foreseen; empty when it is not.
+    /// Why the planner does nothing although one might wait for it: contention is foreseen and there is no shadow, or the
+    /// VM is away from home.
     pub fn hesitation(&self) -> Result<Option<String>> {
-        let hesitates = |v: &VmView| v.summary.stage == Stage::Unprotected && v.summary.cps > v.summary.threshold;
+        let hesitates = |v: &VmView| match v.summary.stage {
+            Stage::Unprotected => v.summary.cps > v.summary.threshold,
+            stage => stage == Stage::Reverse,
+        };
         if !self.view.as_ref().is_some_and(hesitates) {
             return Ok(None);
         }
