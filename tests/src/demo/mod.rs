@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::lab::daemons::{self, Binaries, target_dir};
 use crate::lab::vm::GuestImage;
-use crate::lab::{self, Lab};
+use crate::lab::{self, Lab, sys};
 use figures::{Figures, Plain, Protected};
 use plan::Plan;
 use say::say;
@@ -39,6 +39,12 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("the demo cannot run here: {reason}");
     }
     let (plan, image) = (Plan::default(), GuestImage::find()?);
+    let cores = sys::online_cpus().context("reading which CPUs are online")?;
+    if let [first, _] = cores.as_slice() {
+        // No core is left for the client, the RPS and this program. In both runs they share host a's, which is the
+        // busy one by design, so that the idle host is idle.
+        sys::pin(&[*first]).context("keeping the demo on a core")?;
+    }
     // Before the first half, not after it.
     let binaries = if options.plain_only {
         None

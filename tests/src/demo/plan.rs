@@ -24,18 +24,19 @@ pub struct Plan {
 impl Default for Plan {
     fn default() -> Self {
         Self {
+            // The slow part is for the forecaster to see, the steep one is what it saves the web VM from.
             neighbour: vec![
                 (0.0, 0.04),
-                (20.0, 0.04),
-                (42.0, 0.26),
-                (58.0, 0.95),
-                (80.0, 0.95),
-                (86.0, 0.04),
+                (14.0, 0.04),
+                (50.0, 0.31),
+                (62.0, 0.95),
+                (78.0, 0.95),
+                (84.0, 0.04),
             ],
             per_second: 20,
-            work_us: 11_000,
+            work_us: 8_000,
             dirty: 300,
-            window_s: 95.0,
+            window_s: 92.0,
             patience_s: 160.0,
         }
     }
@@ -63,15 +64,19 @@ impl Plan {
     pub fn policy(&self) -> String {
         format!(
             "\n[contention]\n\
-             limit_ms_per_s = {CONTENDED_MS}\n\
+             threshold = 0.4\n\
+             limit_ms_per_s = {CONTENDED_MS:.1}\n\
+             max_history_slots = 25\n\
              \n[policy]\n\
              provision_slots = 2\n\
              copy_margin_s = 3.0\n\
              mem_reserve_bytes = 134217728\n\
              arm_s = 15.0\n\
              switch_lead_s = 3.0\n\
+             measured_slots = 3\n\
              min_standby_s = 60.0\n\
              calm_slots = 5\n\
+             calm_probability = 0.3\n\
              min_stay_s = 10.0\n\
              cooldown_s = 5.0\n\
              vms = [{{ vm = \"neighbour\", protect = false }}]\n"

@@ -19,6 +19,8 @@ use super::sched::Reader;
 use super::{sys, vm};
 
 const LOOK: Duration = Duration::from_millis(100);
+/// New copies are searched for in one of so many looks: /proc is long, and a shadow waits for seconds before it can run.
+const SEARCH_EVERY: u32 = 5;
 
 /// One look at one copy.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -71,7 +73,13 @@ impl Copies {
         let until = stop.clone();
         let thread = std::thread::Builder::new().name("copies".into()).spawn(move || {
             let mut next = Instant::now();
-            while !until.load(Ordering::Relaxed) {
+            for n in 0u32.. {
+                if until.load(Ordering::Relaxed) {
+                    break;
+                }
+                if n.is_multiple_of(SEARCH_EVERY) {
+                    watcher.discover();
+                }
                 watcher.look();
                 next = (next + LOOK).max(Instant::now());
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));
@@ -207,7 +215,6 @@ struct Watcher {
 
 impl Watcher {
     fn look(&mut self) {
-        self.discover();
         let now = Instant::now();
         let mut running = Vec::new();
         let mut gone = Vec::new();

@@ -102,6 +102,24 @@ pub fn place(cmd: &mut Command, place: &Place<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Keeps the calling thread, and what it starts from now on, on these CPUs.
+pub fn pin(cpus: &[usize]) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu)?;
+    }
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+/// Puts the calling thread before ordinary ones: it stands for a machine of its own.
+pub fn go_first() -> io::Result<()> {
+    // SAFETY: setpriority takes three numbers; 0 names the calling thread, which on Linux has a priority of its own.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -15) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The write end that the signal handler writes to.
 static SIGNAL_PIPE: AtomicI32 = AtomicI32::new(-1);
 
