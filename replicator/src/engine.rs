@@ -18,6 +18,7 @@ use crate::adopt;
 use crate::config::Config;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
 use crate::launch::{self, ShadowRecord};
+use crate::link::{Identity, Security};
 use crate::qmp::Client;
 use crate::source;
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
@@ -34,6 +35,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 /// What all sessions share.
 pub struct Core {
     pub config: Config,
+    /// How this host's links are protected.
+    pub security: Security,
     pub journal: Journal,
 }
 
@@ -73,9 +76,13 @@ fn local(e: &dyn std::fmt::Display) -> Refusal {
 
 impl Engine {
     /// Opens the journal and takes up every replica where it was.
-    pub fn start(config: Config) -> std::io::Result<Arc<Self>> {
+    pub fn start(config: Config, security: Security) -> std::io::Result<Arc<Self>> {
         let journal = Journal::open(&config.state_dir)?;
-        let core = Arc::new(Core { config, journal });
+        let core = Arc::new(Core {
+            config,
+            security,
+            journal,
+        });
         let engine = Self {
             core,
             vms: Mutex::default(),
@@ -86,6 +93,10 @@ impl Engine {
         }
         engine.sweep();
         Ok(Arc::new(engine))
+    }
+
+    pub fn security(&self) -> &Security {
+        &self.core.security
     }
 
     pub fn silence(&self) -> Duration {
@@ -477,9 +488,11 @@ impl Engine {
                 epoch,
                 peer: hello.host,
             };
+            let peer = plan.peer.clone();
             let handle = target::Session::start(self.core.clone(), plan, &shadow, control).map_err(|e| local(&e))?;
             let events = handle.events.clone();
             let feed = Feed {
+                peer,
                 files: shadow.record.ram.clone(),
                 incoming,
                 qmp: shadow.qmp.clone(),
@@ -500,11 +513,17 @@ impl Engine {
         })
     }
 
-    pub fn take_feed(&self, session: u64) -> Option<Feed> {
-        self.feeds
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&session)
+    /// The intake of a session, which only its own source may have.
+    pub fn take_feed(&self, session: u64, from: &Identity) -> Result<Feed, String> {
+        let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+        let feed = feeds.get(&session).ok_or("no session waits for this ram connection")?;
+        from.is(&feed.peer)?;
+        feeds.remove(&session).ok_or_else(|| "gone".to_owned())
+    }
+
+    /// Whom this host takes or took a shadow of the VM from.
+    pub fn source_of(&self, vm: VmId) -> Option<HostId> {
+        self.core.journal.get(vm)?.target.map(|t| t.peer)
     }
 
     /// Where the session of a VM's shadow hears, if there is one.

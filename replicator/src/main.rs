@@ -9,6 +9,7 @@ use clap::Parser;
 use umbra_daemon::{config, http, logs, stop};
 use umbra_replicator::config::Config;
 use umbra_replicator::engine::Engine;
+use umbra_replicator::link::Security;
 use umbra_replicator::{http as routes, target};
 
 /// Keeps warm shadows of KVM/QEMU virtual machines on other hosts, and switches over to them.
@@ -57,7 +58,13 @@ async fn serve(config: Config) -> Result<()> {
     let link = link_listen
         .map(|a| TcpListener::bind(a).with_context(|| format!("link_listen = {a}")))
         .transpose()?;
-    let engine = tokio::task::spawn_blocking(|| Engine::start(config)).await??;
+    let security = config
+        .security()
+        .map_err(|e| anyhow::anyhow!("{}: {}", e.key, e.reason))?;
+    if matches!(security, Security::Plaintext) {
+        tracing::warn!("the link is in clear and believes every peer: link.plaintext = true");
+    }
+    let engine = tokio::task::spawn_blocking(|| Engine::start(config, security)).await??;
     if let Some(link) = link {
         target::listener::listen(engine.clone(), link)?;
     }

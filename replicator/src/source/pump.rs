@@ -2,7 +2,6 @@
 //! One thread, blocking: what it waits for is either QEMU, the link, or the end of a rest.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +14,7 @@ use umbra_api::wire::frame::{Kind, RoundEnd};
 use super::machine::Input;
 use super::session::Event;
 use crate::encode::Encoder;
-use crate::link::{FrameWriter, LinkError};
+use crate::link::{FrameWriter, LinkError, WriteHalf};
 use crate::pacing::{Action, Pacer, Round, Settings};
 use crate::stream::{self, Limits, Parser, StreamError, return_path};
 
@@ -74,7 +73,7 @@ impl From<LinkError> for PumpError {
 
 pub struct Pump {
     pub socket: UnixStream,
-    pub ram: FrameWriter<TcpStream>,
+    pub ram: FrameWriter<WriteHalf>,
     pub level: i32,
     pub pacing: Settings,
     pub shared: Arc<Shared>,
@@ -127,7 +126,7 @@ impl Pump {
 /// Where the parsed stream goes.
 struct Out {
     encoder: Encoder,
-    ram: FrameWriter<TcpStream>,
+    ram: FrameWriter<WriteHalf>,
     pacer: Pacer,
     shared: Arc<Shared>,
     events: Sender<Event>,
