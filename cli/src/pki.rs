@@ -86,7 +86,7 @@ pub fn issue(dir: &Path, host: &HostId, days: i64, now: Timestamp) -> Result<Mad
 
 /// Whole days, since rcgen takes a date.
 fn validity(now: Timestamp, days: i64) -> Result<CertificateParams, jiff::Error> {
-    let today = now.to_zoned(TimeZone::UTC).date();
+    let today = now.to_zoned_datetime(TimeZone::UTC).date();
     let date = |offset: i64| -> Result<_, jiff::Error> {
         let d = today.checked_add(Span::new().try_days(offset)?)?;
         Ok(date_time_ymd(i32::from(d.year()), d.month() as u8, d.day() as u8))
@@ -156,11 +156,15 @@ mod tests {
     #[test]
     fn a_missing_or_foreign_ca_is_named() {
         let tmp = tempfile::tempdir().unwrap();
-        let e = issue(tmp.path(), &host("a"), 1, Timestamp::UNIX_EPOCH).unwrap_err().to_string();
+        let e = issue(tmp.path(), &host("a"), 1, Timestamp::UNIX_EPOCH)
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("ca.key: No such file"), "{e}");
         init(tmp.path(), Timestamp::now()).unwrap();
         std::fs::write(tmp.path().join("ca.crt"), "nonsense").unwrap();
-        let e = issue(tmp.path(), &host("a"), 1, Timestamp::now()).unwrap_err().to_string();
+        let e = issue(tmp.path(), &host("a"), 1, Timestamp::now())
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("ca.crt: "), "{e}");
     }
 }

@@ -86,7 +86,11 @@ fn example_configurations_pass_their_own_check() {
         let mut words: Vec<&str> = arguments.to_vec();
         let path = tls.display().to_string();
         words.insert(1, &path);
-        let out = Command::new(binaries.path("umbra")).arg("pki").args(words).output().unwrap();
+        let out = Command::new(binaries.path("umbra"))
+            .arg("pki")
+            .args(words)
+            .output()
+            .unwrap();
         assert!(out.status.success(), "{arguments:?}: {}", self::words(&out));
     }
     let mut seen = BTreeSet::new();
@@ -123,7 +127,11 @@ fn command_lines_are_understood() {
         match command.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
             // These ask nobody.
             ["umbra", "pki", arguments @ ..] => {
-                let run = Command::new(&umbra).arg("pki").args(arguments).current_dir(&dir).output();
+                let run = Command::new(&umbra)
+                    .arg("pki")
+                    .args(arguments)
+                    .current_dir(&dir)
+                    .output();
                 let out = run.unwrap();
                 assert!(out.status.success(), "{command:?}: {}", words(&out));
                 tried += 1;
