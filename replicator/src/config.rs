@@ -11,6 +11,7 @@ use umbra_daemon::config::{Check, Invalid};
 
 use crate::adopt::Storage;
 use crate::launch::LaunchConfig;
+use crate::limits::Limits;
 use crate::link::Security;
 use crate::link::tls::{Files, Tls};
 use crate::proc::Scope;
@@ -66,6 +67,10 @@ pub struct Link {
     pub plaintext: bool,
     /// zstd's level, 1 to 19. Pages that do not shrink travel as they are.
     pub zstd_level: i32,
+    /// Megabits a second that all protections of this host may send together. Absent: as fast as it goes.
+    pub bandwidth_mbit: Option<u32>,
+    /// The last pass of a switchover, in which the guest stands still, keeps to it too.
+    pub bandwidth_in_switchover: bool,
     pub connect_timeout_ms: u64,
     /// A peer that is silent for so long, or takes nothing for so long, is lost.
     pub silence_ms: u64,
@@ -77,6 +82,8 @@ impl Default for Link {
             tls: None,
             plaintext: false,
             zstd_level: 1,
+            bandwidth_mbit: None,
+            bandwidth_in_switchover: false,
             connect_timeout_ms: 3_000,
             silence_ms: 10_000,
         }
@@ -131,6 +138,12 @@ impl Config {
 }
 
 impl Config {
+    pub fn limits(&self) -> Limits {
+        Limits {
+            bandwidth_mbit: self.link.bandwidth_mbit,
+        }
+    }
+
     /// How the link is protected. Reads the certificates.
     pub fn security(&self) -> Result<Security, Invalid> {
         match (&self.link.tls, self.link.plaintext) {
@@ -165,6 +178,12 @@ impl Check for Config {
             return Err(Invalid::new(
                 "link.zstd_level",
                 format!("{} is not between 1 and 19", self.link.zstd_level),
+            ));
+        }
+        if self.link.bandwidth_mbit == Some(0) {
+            return Err(Invalid::new(
+                "link.bandwidth_mbit",
+                "0 is no bandwidth; leave it out for no limit",
             ));
         }
         let times = [
@@ -203,6 +222,8 @@ mod tests {
         );
         let e = error("host = 'a'\n[link]\nzstd_level = 77\n");
         assert_eq!(e, "r.toml: link.zstd_level: 77 is not between 1 and 19");
+        let e = error("host = 'a'\n[link]\nbandwidth_mbit = 0\n");
+        assert!(e.starts_with("r.toml: link.bandwidth_mbit: 0 "), "{e}");
         assert!(error("host = 'a'\nhots = 1\n").contains("hots"));
     }
 

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
@@ -13,11 +13,13 @@ use umbra_api::order::{Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalC
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
 use umbra_api::wire::control::ShadowSpec;
 use umbra_api::{Epoch, HostId, UnixMs, VmId};
+use umbra_daemon::config::Invalid;
 
 use crate::adopt;
 use crate::config::Config;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
 use crate::launch::{self, ShadowRecord};
+use crate::limits::{Limits, Throttle};
 use crate::link::{Identity, Security};
 use crate::qmp::Client;
 use crate::source;
@@ -35,9 +37,16 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 /// What all sessions share.
 pub struct Core {
     pub config: Config,
-    /// How this host's links are protected.
-    pub security: Security,
+    security: RwLock<Security>,
+    pub throttle: Throttle,
     pub journal: Journal,
+}
+
+impl Core {
+    /// How this host's links are protected, from the next connection on.
+    pub fn security(&self) -> Security {
+        self.security.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 #[derive(Default)]
@@ -78,9 +87,11 @@ impl Engine {
     /// Opens the journal and takes up every replica where it was.
     pub fn start(config: Config, security: Security) -> std::io::Result<Arc<Self>> {
         let journal = Journal::open(&config.state_dir)?;
+        let throttle = Throttle::new(config.limits(), config.link.bandwidth_in_switchover);
         let core = Arc::new(Core {
             config,
-            security,
+            security: RwLock::new(security),
+            throttle,
             journal,
         });
         let engine = Self {
@@ -95,8 +106,25 @@ impl Engine {
         Ok(Arc::new(engine))
     }
 
-    pub fn security(&self) -> &Security {
-        &self.core.security
+    pub fn security(&self) -> Security {
+        self.core.security()
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.core.throttle.limits()
+    }
+
+    pub fn set_limits(&self, limits: Limits) {
+        tracing::info!(?limits, "limits");
+        self.core.throttle.set(limits);
+    }
+
+    /// Takes what can change while the daemon runs from a configuration that was read anew.
+    pub fn reload(&self, config: &Config) -> Result<(), Invalid> {
+        let security = config.security()?;
+        *self.core.security.write().unwrap_or_else(PoisonError::into_inner) = security;
+        self.set_limits(config.limits());
+        Ok(())
     }
 
     pub fn silence(&self) -> Duration {

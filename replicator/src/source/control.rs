@@ -21,17 +21,16 @@ pub struct Timeouts {
 }
 
 /// Whom a connection goes to.
-#[derive(Clone, Copy)]
 pub struct Target<'a> {
     pub link: &'a str,
     /// Must be proven by the other side, unless the link is configured as plaintext.
     pub host: &'a HostId,
-    pub security: &'a Security,
+    pub security: Security,
 }
 
 impl Target<'_> {
     fn connect(&self, purpose: Purpose, times: Timeouts) -> Result<Link, Refusal> {
-        link::connect(self.link, self.host, purpose, self.security, times.connect).map_err(|e| unreachable(&e))
+        link::connect(self.link, self.host, purpose, &self.security, times.connect).map_err(|e| unreachable(&e))
     }
 }
 

@@ -201,7 +201,7 @@ impl Session {
         Target {
             link: &self.plan.link,
             host: &self.plan.peer,
-            security: &self.core.security,
+            security: self.core.security(),
         }
     }
 
@@ -246,6 +246,7 @@ impl Session {
                 rest: Duration::from_millis(plan.pacing.round_ms),
                 ..Settings::default()
             },
+            core: self.core.clone(),
             shared: self.pump.clone(),
             events: self.sender.clone(),
         };

@@ -70,7 +70,7 @@ impl Drop for Stranger {
 }
 
 fn serve(engine: &Arc<Engine>, stream: TcpStream, stranger: Stranger) {
-    let served = link::accept(stream, engine.security(), FIRST_WORD).and_then(|(purpose, mut link)| {
+    let served = link::accept(stream, &engine.security(), FIRST_WORD).and_then(|(purpose, mut link)| {
         link.set_timeouts(Some(FIRST_WORD), Some(engine.silence()))?;
         let first = link.reader.next_message()?;
         drop(stranger);
