@@ -161,6 +161,8 @@ pub enum RefusalCode {
     PeerUnreachable,
     /// The peer refused; `detail` has its words.
     PeerRefused,
+    /// The peer's certificate is not that of the host in whose name it speaks.
+    PeerIdentity,
     /// The order itself makes no sense (a bad address, a round longer than half a second).
     BadOrder,
     /// Something on this host failed: a full disk, a missing permission.

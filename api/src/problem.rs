@@ -40,7 +40,7 @@ impl From<crate::order::Refusal> for Problem {
             C::StaleEpoch | C::WrongPhase => 409,
             C::BadOrder => 400,
             C::QemuTooOld | C::Unsupported | C::TargetLacks => 422,
-            C::QmpUnavailable | C::PeerUnreachable | C::PeerRefused => 502,
+            C::QmpUnavailable | C::PeerUnreachable | C::PeerRefused | C::PeerIdentity => 502,
             C::Local => 500,
         };
         Self::new(status, r.code.to_string(), "The replicator refused", r.detail)

@@ -56,6 +56,14 @@ pub struct ReplicaStatus {
     pub error: Option<Refusal>,
 }
 
+/// What a replicator keeps to while it runs: `GET` and `PUT /v1/limits`, and again from its configuration at SIGHUP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Megabits (10⁶) a second that the host's protections may send together; `null`: as fast as it goes.
+    pub bandwidth_mbit: Option<u32>,
+}
+
 /// Figures of the copy. The source knows them best; the target leaves at zero what it can't know.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]

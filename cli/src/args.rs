@@ -1,6 +1,7 @@
 //! What may stand on the command line, and where clap turns it into types: host names, URLs and durations are checked
 //! here, so that a mistyped one is a usage error (exit code 2) and nothing was asked of anybody.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -88,6 +89,28 @@ pub enum Command {
         /// At most so many, the newest
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         limit: u32,
+    },
+    /// Certificates for the replicators' link, where you have no CA of your own. Asks no RPS
+    #[command(subcommand)]
+    Pki(PkiCommand),
+}
+
+#[derive(Subcommand, Debug)]
+pub enum PkiCommand {
+    /// Make a CA: ca.crt for all hosts, and ca.key, which stays where it is
+    Init {
+        /// Folder; it is made if need be
+        dir: PathBuf,
+    },
+    /// Make HOST.crt and HOST.key
+    Issue {
+        /// Folder of the CA
+        dir: PathBuf,
+        /// The host's name, as the RPS knows it
+        host: HostId,
+        /// How long it is valid
+        #[arg(long, default_value_t = 397, value_parser = clap::value_parser!(i64).range(1..=3650))]
+        days: i64,
     },
 }
 

@@ -3,8 +3,9 @@
 use umbra_api::view::{DecisionView, LifecycleEvent, ModeRequest, ShadowRequest, StatusView, VmSummary, VmView};
 use umbra_daemon::http::Method;
 
-use crate::args::{Args, Command, ModeArg, ShadowCommand, Since, VmCommand};
+use crate::args::{Args, Command, ModeArg, PkiCommand, ShadowCommand, Since, VmCommand};
 use crate::error::Error;
+use crate::pki;
 use crate::render::{self, Look};
 use crate::rps::Rps;
 
@@ -24,6 +25,26 @@ pub async fn run(args: &Args, look: &Look) -> Result<String, Error> {
         Command::Mode { mode } => ask.mode(*mode).await,
         Command::Events { vm, since, limit } => ask.events(vm.as_deref(), *since, *limit).await,
         Command::Decisions { vm, limit } => ask.decisions(vm.as_deref(), *limit).await,
+        Command::Pki(command) => make(command, args.json),
+    }
+}
+
+/// Certificates, on this machine.
+fn make(command: &PkiCommand, json: bool) -> Result<String, Error> {
+    let now = jiff::Timestamp::now();
+    let (made, rest) = match command {
+        PkiCommand::Init { dir } => (
+            pki::init(dir, now)?,
+            "The key stays here. The certificate goes to every host, as link.tls.ca.".to_owned(),
+        ),
+        PkiCommand::Issue { dir, host, days } => (
+            pki::issue(dir, host, *days, now)?,
+            format!("Both go to {host}, as link.tls.cert and link.tls.key; valid for {days} days."),
+        ),
+    };
+    match json {
+        true => Ok(serde_json::to_string(&made).unwrap_or_default()),
+        false => Ok(format!("{}\n{}\n{rest}", made.cert.display(), made.key.display())),
     }
 }
 

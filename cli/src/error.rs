@@ -24,6 +24,8 @@ pub enum Error {
     Unreachable { url: String, cause: String, sent: bool },
     #[error("what answers at {url} is no Umbra RPS, or one of another version: {cause}")]
     Foreign { url: String, cause: String },
+    #[error(transparent)]
+    Pki(#[from] crate::pki::PkiError),
     #[error("cannot start: {0}")]
     Local(#[from] std::io::Error),
 }
@@ -65,7 +67,7 @@ impl Error {
             Self::NoSuchVm { .. } => 3,
             Self::Ambiguous { .. } => 2,
             Self::Unreachable { .. } => 5,
-            Self::Foreign { .. } | Self::Local(_) => 1,
+            Self::Foreign { .. } | Self::Pki(_) | Self::Local(_) => 1,
         }
     }
 
@@ -77,6 +79,7 @@ impl Error {
             Self::Ambiguous { .. } => ("ambiguous_vm", "The name fits several VMs"),
             Self::Unreachable { .. } => ("rps_unreachable", "The RPS cannot be reached"),
             Self::Foreign { .. } => ("foreign_answer", "Not understood"),
+            Self::Pki(_) => ("pki", "No certificate was made"),
             Self::Local(_) => ("local", "This machine"),
         };
         Problem::new(0, code, title, self.to_string())

@@ -1,11 +1,12 @@
-//! `umbra`: the operator's command. It knows nothing but the RPS's HTTP API.
+//! `umbra`: the operator's command. It knows nothing but the RPS's HTTP API; certificates it makes by itself.
 //!
 //! In reading order: [`args`], [`commands`] (one request, one answer), [`rps`] and [`vms`] (asking, and finding a VM by
-//! what was typed), [`render`] (views to text, pure), [`error`] (exit codes).
+//! what was typed), [`render`] (views to text, pure), [`pki`], [`error`] (exit codes).
 
 mod args;
 mod commands;
 mod error;
+mod pki;
 mod render;
 mod rps;
 mod vms;

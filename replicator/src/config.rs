@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use umbra_api::HostId;
@@ -10,6 +11,9 @@ use umbra_daemon::config::{Check, Invalid};
 
 use crate::adopt::Storage;
 use crate::launch::LaunchConfig;
+use crate::limits::Limits;
+use crate::link::Security;
+use crate::link::tls::{Files, Tls};
 use crate::proc::Scope;
 
 #[derive(Clone, Debug, Deserialize)]
@@ -57,8 +61,16 @@ pub struct Config {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Link {
+    /// Certificates for TLS with the other replicators.
+    pub tls: Option<Files>,
+    /// No encryption and no proof of who speaks, for a network that nobody else is on. Instead of `tls`.
+    pub plaintext: bool,
     /// zstd's level, 1 to 19. Pages that do not shrink travel as they are.
     pub zstd_level: i32,
+    /// Megabits a second that all protections of this host may send together. Absent: as fast as it goes.
+    pub bandwidth_mbit: Option<u32>,
+    /// The last pass of a switchover, in which the guest stands still, keeps to it too.
+    pub bandwidth_in_switchover: bool,
     pub connect_timeout_ms: u64,
     /// A peer that is silent for so long, or takes nothing for so long, is lost.
     pub silence_ms: u64,
@@ -67,7 +79,11 @@ pub struct Link {
 impl Default for Link {
     fn default() -> Self {
         Self {
+            tls: None,
+            plaintext: false,
             zstd_level: 1,
+            bandwidth_mbit: None,
+            bandwidth_in_switchover: false,
             connect_timeout_ms: 3_000,
             silence_ms: 10_000,
         }
@@ -121,6 +137,33 @@ impl Config {
     }
 }
 
+impl Config {
+    pub fn limits(&self) -> Limits {
+        Limits {
+            bandwidth_mbit: self.link.bandwidth_mbit,
+        }
+    }
+
+    /// How the link is protected. Reads the certificates.
+    pub fn security(&self) -> Result<Security, Invalid> {
+        match (&self.link.tls, self.link.plaintext) {
+            (Some(files), false) => Tls::load(files, &self.host)
+                .map(|tls| Security::Tls(Arc::new(tls)))
+                .map_err(|e| Invalid::new(format!("link.tls.{}", e.key), e.to_string())),
+            (None, true) => Ok(Security::Plaintext),
+            (Some(_), true) => Err(Invalid::new(
+                "link.plaintext",
+                "there is a [link.tls] table too: only one of them can be meant",
+            )),
+            (None, false) => Err(Invalid::new(
+                "link",
+                "nothing says how to protect the link: name certificates in [link.tls] (cert, key, ca; \
+                 'umbra pki' makes some), or set plaintext = true on a network that nobody else is on",
+            )),
+        }
+    }
+}
+
 impl Check for Config {
     fn check(&self) -> Result<(), Invalid> {
         let absolute = [
@@ -137,6 +180,12 @@ impl Check for Config {
                 format!("{} is not between 1 and 19", self.link.zstd_level),
             ));
         }
+        if self.link.bandwidth_mbit == Some(0) {
+            return Err(Invalid::new(
+                "link.bandwidth_mbit",
+                "0 is no bandwidth; leave it out for no limit",
+            ));
+        }
         let times = [
             ("link.connect_timeout_ms", self.link.connect_timeout_ms),
             ("link.silence_ms", self.link.silence_ms),
@@ -144,7 +193,7 @@ impl Check for Config {
         ];
         match times.into_iter().find(|(_, ms)| !(100..=600_000).contains(ms)) {
             Some((key, ms)) => Err(Invalid::new(key, format!("{ms} is not between 100 and 600000"))),
-            None => Ok(()),
+            None => self.security().map(|_| ()),
         }
     }
 }
@@ -159,7 +208,7 @@ mod tests {
 
     #[test]
     fn defaults_and_errors() {
-        let c: Config = config::parse(Path::new("r.toml"), "host = 'a'\n").unwrap();
+        let c: Config = config::parse(Path::new("r.toml"), "host = 'a'\n[link]\nplaintext = true\n").unwrap();
         assert_eq!((c.listen.port(), c.link.zstd_level), (7403, 1));
         let error = |text: &str| {
             config::parse::<Config>(Path::new("r.toml"), text)
@@ -173,6 +222,30 @@ mod tests {
         );
         let e = error("host = 'a'\n[link]\nzstd_level = 77\n");
         assert_eq!(e, "r.toml: link.zstd_level: 77 is not between 1 and 19");
+        let e = error("host = 'a'\n[link]\nbandwidth_mbit = 0\n");
+        assert!(e.starts_with("r.toml: link.bandwidth_mbit: 0 "), "{e}");
         assert!(error("host = 'a'\nhots = 1\n").contains("hots"));
+    }
+
+    #[test]
+    fn how_the_link_is_protected_must_be_said_and_said_once() {
+        let error = |text: &str| {
+            config::parse::<Config>(Path::new("r.toml"), text)
+                .unwrap_err()
+                .to_string()
+        };
+        let e = error("host = 'a'\n");
+        assert!(
+            e.starts_with("r.toml: link: ") && e.contains("[link.tls]") && e.contains("plaintext = true"),
+            "{e}"
+        );
+        let files = "[link.tls]\ncert = '/nonexistent/a.crt'\nkey = '/nonexistent/a.key'\nca = '/nonexistent/ca.crt'\n";
+        let e = error(&format!("host = 'a'\n[link]\nplaintext = true\n{files}"));
+        assert!(e.starts_with("r.toml: link.plaintext: "), "{e}");
+        let e = error(&format!("host = 'a'\n{files}"));
+        assert!(
+            e.starts_with("r.toml: link.tls.cert: /nonexistent/a.crt: No such file"),
+            "{e}"
+        );
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
@@ -13,11 +13,14 @@ use umbra_api::order::{Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalC
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
 use umbra_api::wire::control::ShadowSpec;
 use umbra_api::{Epoch, HostId, UnixMs, VmId};
+use umbra_daemon::config::Invalid;
 
 use crate::adopt;
 use crate::config::Config;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
 use crate::launch::{self, ShadowRecord};
+use crate::limits::{Limits, Throttle};
+use crate::link::{Identity, Security};
 use crate::qmp::Client;
 use crate::source;
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
@@ -34,7 +37,16 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 /// What all sessions share.
 pub struct Core {
     pub config: Config,
+    security: RwLock<Security>,
+    pub throttle: Throttle,
     pub journal: Journal,
+}
+
+impl Core {
+    /// How this host's links are protected, from the next connection on.
+    pub fn security(&self) -> Security {
+        self.security.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 #[derive(Default)]
@@ -73,9 +85,15 @@ fn local(e: &dyn std::fmt::Display) -> Refusal {
 
 impl Engine {
     /// Opens the journal and takes up every replica where it was.
-    pub fn start(config: Config) -> std::io::Result<Arc<Self>> {
+    pub fn start(config: Config, security: Security) -> std::io::Result<Arc<Self>> {
         let journal = Journal::open(&config.state_dir)?;
-        let core = Arc::new(Core { config, journal });
+        let throttle = Throttle::new(config.limits(), config.link.bandwidth_in_switchover);
+        let core = Arc::new(Core {
+            config,
+            security: RwLock::new(security),
+            throttle,
+            journal,
+        });
         let engine = Self {
             core,
             vms: Mutex::default(),
@@ -86,6 +104,27 @@ impl Engine {
         }
         engine.sweep();
         Ok(Arc::new(engine))
+    }
+
+    pub fn security(&self) -> Security {
+        self.core.security()
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.core.throttle.limits()
+    }
+
+    pub fn set_limits(&self, limits: Limits) {
+        tracing::info!(?limits, "limits");
+        self.core.throttle.set(limits);
+    }
+
+    /// Takes what can change while the daemon runs from a configuration that was read anew.
+    pub fn reload(&self, config: &Config) -> Result<(), Invalid> {
+        let security = config.security()?;
+        *self.core.security.write().unwrap_or_else(PoisonError::into_inner) = security;
+        self.set_limits(config.limits());
+        Ok(())
     }
 
     pub fn silence(&self) -> Duration {
@@ -477,9 +516,11 @@ impl Engine {
                 epoch,
                 peer: hello.host,
             };
+            let peer = plan.peer.clone();
             let handle = target::Session::start(self.core.clone(), plan, &shadow, control).map_err(|e| local(&e))?;
             let events = handle.events.clone();
             let feed = Feed {
+                peer,
                 files: shadow.record.ram.clone(),
                 incoming,
                 qmp: shadow.qmp.clone(),
@@ -500,11 +541,17 @@ impl Engine {
         })
     }
 
-    pub fn take_feed(&self, session: u64) -> Option<Feed> {
-        self.feeds
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&session)
+    /// The intake of a session, which only its own source may have.
+    pub fn take_feed(&self, session: u64, from: &Identity) -> Result<Feed, String> {
+        let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+        let feed = feeds.get(&session).ok_or("no session waits for this ram connection")?;
+        from.is(&feed.peer)?;
+        feeds.remove(&session).ok_or_else(|| "gone".to_owned())
+    }
+
+    /// Whom this host takes or took a shadow of the VM from.
+    pub fn source_of(&self, vm: VmId) -> Option<HostId> {
+        self.core.journal.get(vm)?.target.map(|t| t.peer)
     }
 
     /// Where the session of a VM's shadow hears, if there is one.

@@ -1,4 +1,4 @@
-//! The daemon's HTTP: `POST /v1/orders`, `GET /v1/replicas`, `/metrics`, `/healthz`, `/readyz`.
+//! The daemon's HTTP: `POST /v1/orders`, `GET /v1/replicas`, `GET` and `PUT /v1/limits`, `/metrics`, `/healthz`, `/readyz`.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use umbra_daemon::http::{self, Method, Reply, Request, status};
 use umbra_daemon::metrics::reply as metrics_reply;
 
 use crate::engine::Engine;
+use crate::limits::Limits;
 use crate::metrics;
 
 /// Answers one request.
@@ -22,6 +23,17 @@ pub async fn answer(engine: Arc<Engine>, request: Request) -> Reply {
             http::outcome(status::ACCEPTED, taken.and_then(|r| r))
         }
         (&Method::GET, "/v1/replicas") => http::outcome(status::OK, blocking(move || engine.replicas()).await),
+        (&Method::GET, "/v1/limits") => http::outcome(status::OK, Ok(engine.limits())),
+        (&Method::PUT, "/v1/limits") => match request.json::<Limits>() {
+            Ok(Limits {
+                bandwidth_mbit: Some(0),
+            }) => http::problem(&Problem::bad_request("0 is no bandwidth; null is no limit")),
+            Ok(limits) => {
+                engine.set_limits(limits);
+                http::outcome(status::OK, Ok(engine.limits()))
+            }
+            Err(problem) => http::problem(&problem),
+        },
         (&Method::GET, "/metrics") => match blocking(move || metrics::registry(&engine.replicas())).await {
             Ok(registry) => metrics_reply(&registry),
             Err(problem) => http::problem(&problem),

@@ -1,16 +1,18 @@
 //! One daemon a host: the source of the VMs that run here, the target of shadows that wait here.
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
-//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`]), what must not be forgotten
+//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`]), what must not be forgotten
 //! ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
 
 pub mod adopt;
+pub mod bucket;
 pub mod config;
 pub mod encode;
 pub mod engine;
 pub mod http;
 pub mod journal;
 pub mod launch;
+pub mod limits;
 pub mod link;
 pub mod metrics;
 pub mod pacing;

@@ -8,7 +8,10 @@ use clap::Args;
 use crate::run;
 
 /// Name, and what cargo runs for it.
-const BENCHES: &[(&str, &[&str])] = &[("parse", &["-p", "umbra-replicator", "--example", "bench_parse"])];
+const BENCHES: &[(&str, &[&str])] = &[
+    ("parse", &["-p", "umbra-replicator", "--example", "bench_parse"]),
+    ("link", &["-p", "umbra-replicator", "--example", "bench_link"]),
+];
 
 #[derive(Args)]
 pub struct Options {

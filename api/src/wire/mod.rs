@@ -1,13 +1,19 @@
 //! The link between two replicators: a protocol of its own, without sockets.
 //!
 //! ```text
-//! connection   preamble (16 bytes), then frames both ways
+//! connection   TLS 1.3 or, if both sides are configured so by name, nothing;
+//!              in it the preamble (16 bytes), then frames both ways
 //! preamble     "UMBRALNK"  version u16  purpose u8  zeros[5]
 //! frame        kind u8  flags u8  zero u16  length u32  xxh3 u64   payload[length]
 //! ```
 //! All numbers are little-endian. The checksum is XXH3-64 of the payload, seeded with the first eight bytes of the header, so
 //! that a frame whose header was hit does not pass either. One connection a purpose: `control` carries the JSON messages of
 //! [`control`], `ram` the [`setup`] of the stream, the page batches of [`pages`] and, behind them in order, what ends a stream.
+//!
+//! In TLS both sides show a certificate. The connecting side wants the name of the host that it was ordered to; the accepting side
+//! wants that of the host that `hello` names, that admitted the shadow asked for by `resolve`, or whose session is attached to.
+//! A side in clear that is greeted in TLS answers with a preamble, one in TLS that is greeted in clear with a TLS alert: each
+//! can tell by the first byte what the other one is. Preambles begin with 0x55, TLS records with 0x14 to 0x17, frames with less.
 //!
 //! Versions: 1, the first.
 

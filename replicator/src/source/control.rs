@@ -1,15 +1,15 @@
 //! The control connection to a target: opened with a first message, then a thread that tells the driver what comes.
 
-use std::net::TcpStream;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use umbra_api::HostId;
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::Purpose;
 use umbra_api::wire::control::Message;
 
 use super::session::Event;
-use crate::link::{self, FrameReader, FrameWriter, Link, LinkError};
+use crate::link::{self, Closer, FrameReader, FrameWriter, Link, LinkError, ReadHalf, Security, WriteHalf};
 
 /// Starting a shadow's QEMU may take its time on a busy host.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
@@ -20,9 +20,23 @@ pub struct Timeouts {
     pub silence: Duration,
 }
 
+/// Whom a connection goes to.
+pub struct Target<'a> {
+    pub link: &'a str,
+    /// Must be proven by the other side, unless the link is configured as plaintext.
+    pub host: &'a HostId,
+    pub security: Security,
+}
+
+impl Target<'_> {
+    fn connect(&self, purpose: Purpose, times: Timeouts) -> Result<Link, Refusal> {
+        link::connect(self.link, self.host, purpose, &self.security, times.connect).map_err(|e| unreachable(&e))
+    }
+}
+
 pub struct Control {
-    writer: FrameWriter<TcpStream>,
-    socket: TcpStream,
+    writer: FrameWriter<WriteHalf>,
+    closer: Closer,
 }
 
 impl Control {
@@ -31,18 +45,18 @@ impl Control {
     }
 
     /// Opens a session. The second value is its number, which the ram connection names.
-    pub fn hello(addr: &str, times: Timeouts, hello: &Message) -> Result<(Link, u64), Refusal> {
-        let mut link = open(addr, times, hello, WELCOME_TIMEOUT)?;
+    pub fn hello(to: &Target<'_>, times: Timeouts, hello: &Message) -> Result<(Link, u64), Refusal> {
+        let mut link = open(to, times, hello, WELCOME_TIMEOUT)?;
         match link.reader.next_message().map_err(|e| unreachable(&e))? {
             Message::Welcome { session } => Ok((link, session)),
             Message::Refused { refusal } => Err(Refusal::new(RefusalCode::PeerRefused, refusal.to_string())),
-            other => Err(unexpected(addr, &other)),
+            other => Err(unexpected(to.link, &other)),
         }
     }
 
     /// Opens the ram connection of a session.
-    pub fn attach(addr: &str, times: Timeouts, session: u64) -> Result<FrameWriter<TcpStream>, Refusal> {
-        let mut link = link::connect(addr, Purpose::Ram, times.connect).map_err(|e| unreachable(&e))?;
+    pub fn attach(to: &Target<'_>, times: Timeouts, session: u64) -> Result<FrameWriter<WriteHalf>, Refusal> {
+        let mut link = to.connect(Purpose::Ram, times)?;
         link.set_timeouts(None, Some(times.silence))
             .map_err(|e| unreachable(&e))?;
         link.writer
@@ -52,8 +66,8 @@ impl Control {
     }
 
     /// Asks on a connection of its own, and waits for one answer.
-    pub fn ask(addr: &str, times: Timeouts, question: &Message) -> Result<(Link, Message), Refusal> {
-        let mut link = open(addr, times, question, times.silence)?;
+    pub fn ask(to: &Target<'_>, times: Timeouts, question: &Message) -> Result<(Link, Message), Refusal> {
+        let mut link = open(to, times, question, times.silence)?;
         let answer = link.reader.next_message().map_err(|e| unreachable(&e))?;
         Ok((link, answer))
     }
@@ -62,25 +76,25 @@ impl Control {
     pub fn listen(link: Link, times: Timeouts, generation: u64, events: Sender<Event>) -> Result<Self, Refusal> {
         link.set_timeouts(Some(times.silence), Some(times.silence))
             .map_err(|e| unreachable(&e))?;
-        let socket = link.socket().map_err(|e| unreachable(&e))?;
-        let Link { reader, writer } = link;
+        let closer = link.closer().map_err(|e| unreachable(&e))?;
+        let Link { reader, writer, .. } = link;
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || hear(reader, generation, &events))
             .map_err(|e| Refusal::new(RefusalCode::Local, format!("no thread for the control connection: {e}")))?;
-        Ok(Self { writer, socket })
+        Ok(Self { writer, closer })
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
         // Ends the listening thread.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        self.closer.close();
     }
 }
 
-fn open(addr: &str, times: Timeouts, first: &Message, wait: Duration) -> Result<Link, Refusal> {
-    let mut link = link::connect(addr, Purpose::Control, times.connect).map_err(|e| unreachable(&e))?;
+fn open(to: &Target<'_>, times: Timeouts, first: &Message, wait: Duration) -> Result<Link, Refusal> {
+    let mut link = to.connect(Purpose::Control, times)?;
     link.set_timeouts(Some(wait), Some(times.silence))
         .map_err(|e| unreachable(&e))?;
     link.writer.send_message(first).map_err(|e| unreachable(&e))?;
@@ -88,7 +102,7 @@ fn open(addr: &str, times: Timeouts, first: &Message, wait: Duration) -> Result<
 }
 
 /// The source pings every second, so silence means that the peer or the way to it is gone.
-fn hear(mut reader: FrameReader<TcpStream>, generation: u64, events: &Sender<Event>) {
+fn hear(mut reader: FrameReader<ReadHalf>, generation: u64, events: &Sender<Event>) {
     loop {
         let event = match reader.next_message() {
             Ok(message) => Event::Said { message, generation },

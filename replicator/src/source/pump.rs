@@ -2,7 +2,6 @@
 //! One thread, blocking: what it waits for is either QEMU, the link, or the end of a rest.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +14,9 @@ use umbra_api::wire::frame::{Kind, RoundEnd};
 use super::machine::Input;
 use super::session::Event;
 use crate::encode::Encoder;
-use crate::link::{FrameWriter, LinkError};
+use crate::engine::Core;
+use crate::limits::Throttle;
+use crate::link::{FrameWriter, LinkError, WriteHalf};
 use crate::pacing::{Action, Pacer, Round, Settings};
 use crate::stream::{self, Limits, Parser, StreamError, return_path};
 
@@ -74,9 +75,10 @@ impl From<LinkError> for PumpError {
 
 pub struct Pump {
     pub socket: UnixStream,
-    pub ram: FrameWriter<TcpStream>,
+    pub ram: FrameWriter<WriteHalf>,
     pub level: i32,
     pub pacing: Settings,
+    pub core: Arc<Core>,
     pub shared: Arc<Shared>,
     pub events: Sender<Event>,
 }
@@ -101,6 +103,7 @@ impl Pump {
             encoder: Encoder::new(self.level).map_err(PumpError::Pack)?,
             ram: self.ram,
             pacer: Pacer::new(self.pacing, Instant::now()),
+            core: self.core,
             shared: self.shared,
             events: self.events,
             answers: socket.try_clone().map_err(PumpError::Qemu)?,
@@ -127,8 +130,9 @@ impl Pump {
 /// Where the parsed stream goes.
 struct Out {
     encoder: Encoder,
-    ram: FrameWriter<TcpStream>,
+    ram: FrameWriter<WriteHalf>,
     pacer: Pacer,
+    core: Arc<Core>,
     shared: Arc<Shared>,
     events: Sender<Event>,
     /// The same socket: what QEMU is answered.
@@ -172,11 +176,8 @@ impl Out {
     }
 
     fn page(&mut self, block: u16, page: u64, data: Option<&stream::Page>) -> Result<(), PumpError> {
-        let ram = &mut self.ram;
-        let mut send = |payload: &[u8]| {
-            ram.send(Kind::Pages, payload)
-                .map_err(|e| io::Error::other(crate::chain(&e)))
-        };
+        let (ram, throttle, shared) = (&mut self.ram, &self.core.throttle, &self.shared);
+        let mut send = |payload: &[u8]| send_pages(ram, throttle, shared, payload);
         self.encoder
             .page(block, page, data, &mut send)
             .map_err(|e| PumpError::Link(e.to_string()))
@@ -204,11 +205,8 @@ impl Out {
     }
 
     fn end_round(&mut self, round: Round) -> Result<(), PumpError> {
-        let ram = &mut self.ram;
-        let mut send = |payload: &[u8]| {
-            ram.send(Kind::Pages, payload)
-                .map_err(|e| io::Error::other(crate::chain(&e)))
-        };
+        let (ram, throttle, shared) = (&mut self.ram, &self.core.throttle, &self.shared);
+        let mut send = |payload: &[u8]| send_pages(ram, throttle, shared, payload);
         self.encoder
             .flush(&mut send)
             .map_err(|e| PumpError::Link(e.to_string()))?;
@@ -248,6 +246,27 @@ impl Out {
         }
         Ok(())
     }
+}
+
+/// Sends a batch, then holds back what comes next for as long as the bandwidth limit wants it.
+fn send_pages(ram: &mut FrameWriter<WriteHalf>, throttle: &Throttle, shared: &Shared, batch: &[u8]) -> io::Result<()> {
+    ram.send(Kind::Pages, batch)
+        .map_err(|e| io::Error::other(crate::chain(&e)))?;
+    if throttle.in_switchover {
+        let mut wait = throttle.spent(batch.len());
+        while let Some(time) = wait {
+            std::thread::sleep(time);
+            wait = throttle.due();
+        }
+        return Ok(());
+    }
+    // What a switchover sends while the guest stands still is free, for itself and for the others.
+    let mut wait = (!shared.is_hurried()).then(|| throttle.spent(batch.len())).flatten();
+    while let Some(time) = wait.filter(|_| !shared.is_hurried()) {
+        shared.rest(time);
+        wait = throttle.due();
+    }
+    Ok(())
 }
 
 nix::ioctl_read_bad!(fionread, nix::libc::FIONREAD, nix::libc::c_int);

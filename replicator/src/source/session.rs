@@ -12,7 +12,7 @@ use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, SwitchoverReport}
 use umbra_api::wire::control::{Message, ShadowSpec};
 use umbra_api::{Epoch, HostId, VmId};
 
-use super::control::{Control, Timeouts};
+use super::control::{Control, Target, Timeouts};
 use super::machine::{Action, Durable, Input, Machine, State};
 use super::migration::{Migration, Primary, ask_primary};
 use super::pump::{Pump, Shared};
@@ -197,6 +197,14 @@ impl Session {
         }
     }
 
+    fn target(&self) -> Target<'_> {
+        Target {
+            link: &self.plan.link,
+            host: &self.plan.peer,
+            security: self.core.security(),
+        }
+    }
+
     fn begin(&mut self, spec: ShadowSpec) {
         if let Err(refusal) = self.open(spec) {
             tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
@@ -216,14 +224,14 @@ impl Session {
             host: self.core.config.host.clone(),
             spec: Box::new(spec),
         };
-        let (link, session) = Control::hello(&plan.link, self.times(), &hello)?;
+        let (link, session) = Control::hello(&self.target(), self.times(), &hello)?;
         self.control = Some(Control::listen(
             link,
             self.times(),
             self.generation,
             self.sender.clone(),
         )?);
-        let ram = Control::attach(&plan.link, self.times(), session)?;
+        let ram = Control::attach(&self.target(), self.times(), session)?;
         let qmp = self
             .qmp
             .clone()
@@ -238,6 +246,7 @@ impl Session {
                 rest: Duration::from_millis(plan.pacing.round_ms),
                 ..Settings::default()
             },
+            core: self.core.clone(),
             shared: self.pump.clone(),
             events: self.sender.clone(),
         };
@@ -552,7 +561,7 @@ impl Session {
             vm: self.plan.vm,
             epoch,
         };
-        match Control::ask(&self.plan.link, self.times(), &question) {
+        match Control::ask(&self.target(), self.times(), &question) {
             Ok((link, answer)) => {
                 self.resolve_at = None;
                 self.generation += 1;
@@ -574,7 +583,7 @@ impl Session {
     fn tell_abort(&mut self, now: Instant) {
         let Some((epoch, _, last)) = self.abort else { return };
         let told = Control::ask(
-            &self.plan.link,
+            &self.target(),
             self.times(),
             &Message::Resolve {
                 vm: self.plan.vm,

@@ -5,12 +5,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use umbra_api::HostId;
 use umbra_api::wire::WireError;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 use umbra_api::wire::setup::StreamSetup;
@@ -18,7 +18,7 @@ use umbra_api::wire::setup::StreamSetup;
 use super::machine::Input;
 use super::session::Event;
 use crate::encode::{ApplyError, Decoder};
-use crate::link::{FrameReader, LinkError};
+use crate::link::{FrameReader, LinkError, ReadHalf};
 use crate::qmp::{Client, Mark, QmpError};
 use crate::ram::{RamError, RamFile, ShadowRam};
 use crate::stream::StreamError;
@@ -74,6 +74,8 @@ impl From<StreamError> for FeedError {
 }
 
 pub struct Feed {
+    /// The only host that may send pages.
+    pub peer: HostId,
     /// RAM block and its file.
     pub files: Vec<(String, PathBuf)>,
     /// QEMU reads its migration at the other end.
@@ -86,7 +88,7 @@ pub struct Feed {
 
 impl Feed {
     /// Runs until the shadow has loaded, or the connection ends.
-    pub fn run(self, mut reader: FrameReader<TcpStream>) {
+    pub fn run(self, mut reader: FrameReader<ReadHalf>) {
         let events = self.events.clone();
         let (qmp, mark) = (self.qmp.clone(), self.mark);
         let mut intake = Intake {
@@ -135,7 +137,7 @@ struct Intake {
 
 impl Intake {
     /// Takes one frame; true if it was the stream's last.
-    fn frame(&mut self, reader: &mut FrameReader<TcpStream>) -> Result<bool, FeedError> {
+    fn frame(&mut self, reader: &mut FrameReader<ReadHalf>) -> Result<bool, FeedError> {
         let (kind, payload) = match reader.next() {
             Ok(frame) => frame,
             // A guest that changes nothing sends nothing; a dead peer is noticed on the control connection.

@@ -2,29 +2,42 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use umbra_api::HostId;
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::Purpose;
 use umbra_api::wire::control::Message;
 
 use super::session::{Event, Reply};
 use crate::engine::{Engine, Hello};
-use crate::link::{self, FrameReader, Link, LinkError};
+use crate::link::{self, FrameReader, Identity, Link, LinkError, ReadHalf};
 
 /// A stranger that connects and says nothing is not waited for.
 const FIRST_WORD: Duration = Duration::from_secs(5);
 
+/// Strangers that are listened to at once. There are no more replicators than that which would all connect in one moment.
+const STRANGERS_MAX: usize = 64;
+
 /// Accepts for as long as the daemon lives, a thread a connection.
 pub fn listen(engine: Arc<Engine>, listener: TcpListener) -> std::io::Result<()> {
     let accept = move || {
+        let strangers = Arc::new(AtomicUsize::new(0));
         for stream in listener.incoming() {
             let engine = engine.clone();
             let opened = stream.and_then(|s| {
+                let Some(stranger) = Stranger::admit(&strangers) else {
+                    // It is closed; whoever is in earnest comes again.
+                    tracing::warn!(
+                        "link: {STRANGERS_MAX} connections have not said who they are, one more is not taken"
+                    );
+                    return Ok(());
+                };
                 std::thread::Builder::new()
                     .name("link".into())
-                    .spawn(move || serve(&engine, s))
+                    .spawn(move || serve(&engine, s, stranger))
                     .map(|_| ())
             });
             if let Err(e) = opened {
@@ -40,12 +53,33 @@ pub fn listen(engine: Arc<Engine>, listener: TcpListener) -> std::io::Result<()>
         .map(|_| ())
 }
 
-fn serve(engine: &Arc<Engine>, stream: TcpStream) {
-    let served = link::accept(stream, FIRST_WORD).and_then(|(purpose, link)| {
+/// A connection that has not said yet who it is; counted while this lives.
+struct Stranger(Arc<AtomicUsize>);
+
+impl Stranger {
+    fn admit(count: &Arc<AtomicUsize>) -> Option<Self> {
+        let admitted = Self(count.clone());
+        (count.fetch_add(1, Ordering::Relaxed) < STRANGERS_MAX).then_some(admitted)
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn serve(engine: &Arc<Engine>, stream: TcpStream, stranger: Stranger) {
+    let served = link::accept(stream, &engine.security(), FIRST_WORD).and_then(|(purpose, mut link)| {
         link.set_timeouts(Some(FIRST_WORD), Some(engine.silence()))?;
+        let first = link.reader.next_message()?;
+        drop(stranger);
         match purpose {
-            Purpose::Control => control(engine, link),
-            Purpose::Ram => ram(engine, link),
+            Purpose::Control => control(engine, link, first),
+            Purpose::Ram => {
+                ram(engine, link, &first);
+                Ok(())
+            }
         }
     });
     if let Err(e) = served {
@@ -53,12 +87,37 @@ fn serve(engine: &Arc<Engine>, stream: TcpStream) {
     }
 }
 
-fn control(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {
-    let first = link.reader.next_message()?;
+fn control(engine: &Arc<Engine>, link: Link, first: Message) -> Result<(), LinkError> {
     link.set_timeouts(Some(engine.silence()), Some(engine.silence()))?;
-    let Link { reader, writer } = link;
+    let Link {
+        reader,
+        writer,
+        identity,
+    } = link;
     let reply = Reply::new(writer);
-    let events = match first {
+    match open(engine, first, &identity, &reply) {
+        Ok(Some(events)) => hear(reader, &reply, &events),
+        Ok(None) => {}
+        Err(refusal) => {
+            tracing::warn!(peer = reader.peer(), "refused: {refusal}");
+            reply.send(&Message::Refused { refusal });
+        }
+    }
+    Ok(())
+}
+
+/// Answers the first message. `None`: nothing more is to be said on this connection.
+fn open(
+    engine: &Arc<Engine>,
+    first: Message,
+    from: &Identity,
+    reply: &Reply,
+) -> Result<Option<Sender<Event>>, Refusal> {
+    let proven = |host: &HostId| {
+        from.is(host)
+            .map_err(|why| Refusal::new(RefusalCode::PeerIdentity, why))
+    };
+    match first {
         Message::Hello {
             vm,
             name,
@@ -66,6 +125,7 @@ fn control(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {
             host,
             spec,
         } => {
+            proven(&host)?;
             let hello = Hello {
                 vm,
                 name,
@@ -73,46 +133,43 @@ fn control(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {
                 host,
                 spec: *spec,
             };
-            match engine.hello(hello, reply.clone()) {
-                Ok((session, events)) => {
-                    reply.send(&Message::Welcome { session });
-                    events
-                }
-                Err(refusal) => {
-                    tracing::warn!(%vm, "refused: {refusal}");
-                    reply.send(&Message::Refused { refusal });
-                    return Ok(());
-                }
-            }
+            let (session, events) = engine.hello(hello, reply.clone())?;
+            reply.send(&Message::Welcome { session });
+            Ok(Some(events))
         }
-        Message::Resolve { vm, epoch } => match engine.target_of(vm) {
-            Some(events) => {
-                // A session that has just ended answers no more; the source asks again.
-                let _ = events.send(Event::Said {
-                    message: Message::Resolve { vm, epoch },
-                    reply: reply.clone(),
-                });
-                events
-            }
-            None => {
-                reply.send(&match engine.never(vm, epoch) {
-                    Ok(()) => Message::Aborted { epoch },
-                    Err(refusal) => Message::Refused { refusal },
-                });
-                return Ok(());
-            }
-        },
-        other => {
-            let refusal = Refusal::new(RefusalCode::BadOrder, format!("a connection can't open with {other:?}"));
-            reply.send(&Message::Refused { refusal });
-            return Ok(());
+        Message::Resolve { vm, epoch } => {
+            // Only the VM's own source may ask: asking decides.
+            engine.source_of(vm).as_ref().map_or(Ok(()), proven)?;
+            let Some(events) = engine.target_of(vm) else {
+                engine.never(vm, epoch)?;
+                reply.send(&Message::Aborted { epoch });
+                return Ok(None);
+            };
+            // A session that has just ended answers no more; the source asks again.
+            let _ = events.send(Event::Said {
+                message: Message::Resolve { vm, epoch },
+                reply: reply.clone(),
+            });
+            Ok(Some(events))
         }
-    };
-    hear(reader, &reply, &events);
-    Ok(())
+        other => Err(Refusal::new(
+            RefusalCode::BadOrder,
+            format!("a connection can't open with {other:?}"),
+        )),
+    }
 }
 
-fn hear(mut reader: FrameReader<TcpStream>, reply: &Reply, events: &Sender<Event>) {
+fn ram(engine: &Arc<Engine>, link: Link, first: &Message) {
+    let Message::Attach { session } = first else {
+        return tracing::warn!(peer = link.peer(), "a ram connection can't open with {first:?}");
+    };
+    match engine.take_feed(*session, &link.identity) {
+        Ok(feed) => feed.run(link.reader),
+        Err(why) => tracing::warn!(peer = link.peer(), session, "ram connection refused: {why}"),
+    }
+}
+
+fn hear(mut reader: FrameReader<ReadHalf>, reply: &Reply, events: &Sender<Event>) {
     loop {
         let (event, over) = match reader.next_message() {
             Ok(message) => (
@@ -134,19 +191,4 @@ fn hear(mut reader: FrameReader<TcpStream>, reply: &Reply, events: &Sender<Event
             return;
         }
     }
-}
-
-fn ram(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {
-    let session = match link.reader.next_message()? {
-        Message::Attach { session } => session,
-        other => {
-            tracing::warn!(peer = link.peer(), "a ram connection can't open with {other:?}");
-            return Ok(());
-        }
-    };
-    match engine.take_feed(session) {
-        Some(feed) => feed.run(link.reader),
-        None => tracing::warn!(peer = link.peer(), session, "no session waits for this ram connection"),
-    }
-    Ok(())
 }

@@ -1,7 +1,6 @@
 //! Drives one shadow on the target: turns what happens into the machine's inputs, and carries out its actions.
 
 use std::collections::VecDeque;
-use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,7 +15,7 @@ use umbra_api::{Epoch, HostId, VmId};
 use super::machine::{self, Action, Durable, Input, Machine, State};
 use crate::engine::{Core, unix_ms};
 use crate::launch::{self, Shadow, ShadowRecord};
-use crate::link::FrameWriter;
+use crate::link::{FrameWriter, WriteHalf};
 use crate::qmp::Client;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -55,10 +54,10 @@ pub enum Event {
 
 /// The writing half of a control connection.
 #[derive(Clone, Debug)]
-pub struct Reply(Arc<Mutex<FrameWriter<TcpStream>>>);
+pub struct Reply(Arc<Mutex<FrameWriter<WriteHalf>>>);
 
 impl Reply {
-    pub fn new(writer: FrameWriter<TcpStream>) -> Self {
+    pub fn new(writer: FrameWriter<WriteHalf>) -> Self {
         Self(Arc::new(Mutex::new(writer)))
     }
 

@@ -41,7 +41,7 @@ pub struct Binaries {
 }
 
 /// Everything that runs on a machine with Umbra.
-pub const ALL: [&str; 3] = ["umbra-agent", "umbra-replicator", "umbra-rps"];
+pub const ALL: [&str; 4] = ["umbra", "umbra-agent", "umbra-replicator", "umbra-rps"];
 
 impl Binaries {
     /// An error names the first one that is missing.
@@ -77,9 +77,46 @@ impl Binaries {
     }
 
     pub fn start_replicator(&self, host: &Host) -> Result<Process> {
-        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host)?)?;
+        let tls = self.certify(host)?;
+        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host, &tls)?)?;
         wait_healthy(host, REPLICATOR, &mut replicator)?;
         Ok(replicator)
+    }
+
+    /// The host's certificate, of a CA that all hosts of the lab have in common, as a table of its configuration.
+    fn certify(&self, host: &Host) -> Result<String> {
+        let dir = host.common("pki");
+        let file = |name: &str| dir.join(name);
+        let (ca, cert, key) = (
+            file("ca.crt"),
+            file(&format!("{}.crt", host.name)),
+            file(&format!("{}.key", host.name)),
+        );
+        let made = |file: &Path, arguments: &[&str]| -> Result<()> {
+            if file.exists() {
+                return Ok(());
+            }
+            let (verb, rest) = arguments.split_at(1);
+            let out = Command::new(self.path("umbra"))
+                .arg("pki")
+                .args(verb)
+                .arg(&dir)
+                .args(rest)
+                .output()
+                .context("umbra pki")?;
+            if !out.status.success() {
+                bail!("umbra pki {arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+            }
+            Ok(())
+        };
+        made(&ca, &["init"])?;
+        made(&cert, &["issue", &host.name])?;
+        Ok(format!(
+            "\n[link.tls]\ncert = \"{}\"\nkey = \"{}\"\nca = \"{}\"\n",
+            cert.display(),
+            key.display(),
+            ca.display()
+        ))
     }
 
     /// `tables` goes into the configuration as it is: `[policy]`, `[contention]`.
@@ -108,10 +145,10 @@ fn agent_toml(host: &Host, rps: &Host) -> String {
     )
 }
 
-fn replicator_toml(host: &Host) -> Result<String> {
+fn replicator_toml(host: &Host, tables: &str) -> Result<String> {
     Ok(format!(
         "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\
-         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\n",
+         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\n{tables}",
         host.name,
         host.folder("state")?.display(),
         host.folder("run")?.display(),

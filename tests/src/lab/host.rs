@@ -58,6 +58,11 @@ impl Host {
         self.dir.join(format!("{}-{name}", self.name))
     }
 
+    /// `FILE` in the lab's folder, for all hosts.
+    pub fn common(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     /// A folder of this host, made if need be.
     pub fn folder(&self, name: &str) -> Result<PathBuf> {
         let path = self.file(name);

@@ -15,7 +15,7 @@ use super::host::Host;
 use super::process::{Process, wait_for};
 use super::vm::{self, Console, GuestImage, Vm, VmSpec};
 
-const NEEDED: [&str; 1] = ["umbra-replicator"];
+const NEEDED: [&str; 2] = ["umbra", "umbra-replicator"];
 /// TCG on one busy core; none of these is a measurement.
 const SEED: Duration = Duration::from_secs(60);
 const SWITCH: Duration = Duration::from_secs(20);

@@ -1,23 +1,10 @@
-//! A connection between two replicators: frames over a blocking byte stream.
-//!
-//! Reader and writer are halves, so that one thread may wait for frames while another one sends. They take any `Read` and
-//! `Write`; [`connect`] and [`accept`] make them over TCP.
+//! Frames over a blocking byte stream. Reader and writer take any `Read` and `Write`.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
 use umbra_api::wire::control::Message;
 use umbra_api::wire::frame::{HEADER_LEN, Header, Kind, encode_header};
 use umbra_api::wire::{PREAMBLE_LEN, Purpose, WireError, decode_preamble, encode_preamble};
-
-/// A peer that does not acknowledge what was sent for this long is gone.
-const USER_TIMEOUT: Duration = Duration::from_secs(10);
-/// A quiet connection is probed after this, and then each `KEEPALIVE_EVERY_S`, `KEEPALIVE_PROBES` times.
-const KEEPALIVE_AFTER_S: u32 = 5;
-const KEEPALIVE_EVERY_S: u32 = 2;
-const KEEPALIVE_PROBES: u32 = 3;
 
 /// What went wrong with a connection. All but `TimedOut` end it.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +19,8 @@ pub enum LinkError {
     Cut { peer: String },
     #[error("nothing came from {peer} in time")]
     TimedOut { peer: String },
+    #[error("TLS with {peer}: {reason}")]
+    Tls { peer: String, reason: String },
     #[error("from {peer}")]
     Wire { peer: String, source: WireError },
     #[error("{peer} sent a {kind} frame where a control message was expected")]
@@ -91,12 +80,17 @@ impl<W: Write> FrameWriter<W> {
         self.inner.flush().map_err(|source| io_error(&self.peer, source))
     }
 
+    /// Says what the connection is for: its first bytes.
+    pub fn open(&mut self, purpose: Purpose) -> Result<(), LinkError> {
+        write_preamble(&mut self.inner, purpose, &self.peer)
+    }
+
     pub fn send_message(&mut self, message: &Message) -> Result<(), LinkError> {
         self.send(Kind::Control, &message.encode())
     }
 }
 
-fn io_error(peer: &str, source: io::Error) -> LinkError {
+pub(super) fn io_error(peer: &str, source: io::Error) -> LinkError {
     LinkError::Io {
         peer: peer.into(),
         source,
@@ -221,98 +215,11 @@ pub fn read_preamble(r: &mut impl Read, peer: &str) -> Result<Purpose, LinkError
     })
 }
 
-/// A TCP connection between two replicators.
-#[derive(Debug)]
-pub struct Link {
-    pub reader: FrameReader<TcpStream>,
-    pub writer: FrameWriter<TcpStream>,
-}
-
-impl Link {
-    /// How long a read waits (`None`: for ever) and a write may be stuck.
-    pub fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> Result<(), LinkError> {
-        let s = self.reader.get_ref();
-        s.set_read_timeout(read)
-            .and_then(|()| s.set_write_timeout(write))
-            .map_err(|e| io_error(self.peer(), e))
-    }
-
-    pub fn peer(&self) -> &str {
-        self.reader.peer()
-    }
-
-    /// Another handle on the socket, to [`TcpStream::shutdown`] it from another thread.
-    pub fn socket(&self) -> Result<TcpStream, LinkError> {
-        self.reader.get_ref().try_clone().map_err(|e| io_error(self.peer(), e))
-    }
-
-    /// Ends the connection, also for a thread that waits in a read. That it is ended already is no error.
-    pub fn close(&self) {
-        let _ = self.reader.get_ref().shutdown(Shutdown::Both);
-    }
-
-    fn over(stream: TcpStream, peer: String) -> Result<Self, LinkError> {
-        let other = stream.try_clone().map_err(|e| io_error(&peer, e))?;
-        Ok(Self {
-            reader: FrameReader::new(stream, peer.clone()),
-            writer: FrameWriter::new(other, peer),
-        })
-    }
-}
-
-/// Connects to `address:port`. `timeout` bounds the connecting (of each address that a name has); after it reads wait
-/// for ever, and writes for as long as TCP keeps the connection: see [`Link::set_timeouts`].
-pub fn connect(addr: &str, purpose: Purpose, timeout: Duration) -> Result<Link, LinkError> {
-    let failed = |source| LinkError::Connect {
-        peer: addr.to_owned(),
-        source,
-    };
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for a in addr.to_socket_addrs().map_err(failed)? {
-        match TcpStream::connect_timeout(&a, timeout) {
-            Ok(mut stream) => {
-                tune(&stream).map_err(failed)?;
-                write_preamble(&mut stream, purpose, addr)?;
-                return Link::over(stream, addr.to_owned());
-            }
-            Err(e) => last = e,
-        }
-    }
-    Err(failed(last))
-}
-
-/// Takes a connection that a listener accepted. `timeout` bounds the wait for its preamble.
-pub fn accept(mut stream: TcpStream, timeout: Duration) -> Result<(Purpose, Link), LinkError> {
-    let peer = stream
-        .peer_addr()
-        .map_or_else(|_| "unknown peer".to_owned(), |a| a.to_string());
-    let io = |source| io_error(&peer, source);
-    tune(&stream).map_err(io)?;
-    stream.set_nonblocking(false).map_err(io)?;
-    stream.set_read_timeout(Some(timeout)).map_err(io)?;
-    let purpose = read_preamble(&mut stream, &peer)?;
-    stream.set_read_timeout(None).map_err(io)?;
-    Ok((purpose, Link::over(stream, peer)?))
-}
-
-/// Frames are sent whole, so waiting for more to send only costs time; and a peer that is gone must be noticed.
-fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    setsockopt(stream, sockopt::KeepAlive, &true)?;
-    setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_AFTER_S)?;
-    setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE_EVERY_S)?;
-    setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
-    setsockopt(stream, sockopt::TcpUserTimeout, &(USER_TIMEOUT.as_millis() as u32))?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
-    use std::net::TcpListener;
 
     use proptest::prelude::*;
-    use umbra_api::Epoch;
 
     use super::*;
 
@@ -424,58 +331,5 @@ mod tests {
             }
         ));
         assert!(w.get_ref().is_empty());
-    }
-
-    #[test]
-    fn over_tcp_both_ways() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = listener.local_addr().unwrap().to_string();
-        let server = std::thread::spawn(move || {
-            let (stream, _) = listener.accept().unwrap();
-            let (purpose, mut link) = accept(stream, Duration::from_secs(10)).unwrap();
-            let got = link.reader.next_message().unwrap();
-            link.writer.send_message(&got).unwrap();
-            link.writer.send(Kind::StreamEnd, &[]).unwrap();
-            assert!(matches!(link.reader.next(), Err(LinkError::Closed { .. })));
-            purpose
-        });
-        let mut link = connect(&addr, Purpose::Ram, Duration::from_secs(10)).unwrap();
-        link.set_timeouts(Some(Duration::from_secs(10)), Some(Duration::from_secs(10)))
-            .unwrap();
-        let message = Message::Commit { epoch: Epoch(7) };
-        link.writer.send_message(&message).unwrap();
-        assert_eq!(link.reader.next_message().unwrap(), message);
-        let e = link.reader.next_message().unwrap_err();
-        assert_eq!(
-            e.to_string(),
-            format!("{addr} sent a stream-end frame where a control message was expected")
-        );
-        assert!(link.socket().unwrap().nodelay().unwrap());
-        link.close();
-        link.close();
-        assert_eq!(server.join().unwrap(), Purpose::Ram);
-    }
-
-    #[test]
-    fn a_stranger_and_a_closed_port_are_named() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = listener.local_addr().unwrap();
-        let mut stranger = TcpStream::connect(addr).unwrap();
-        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
-        let e = accept(listener.accept().unwrap().0, Duration::from_secs(10)).unwrap_err();
-        assert!(
-            matches!(
-                e,
-                LinkError::Wire {
-                    source: WireError::NotUs(_),
-                    ..
-                }
-            ),
-            "{e}"
-        );
-        drop(listener);
-        let e = connect(&addr.to_string(), Purpose::Control, Duration::from_secs(10)).unwrap_err();
-        assert!(e.to_string().contains(&addr.to_string()), "{e}");
-        assert!(connect("no port", Purpose::Control, Duration::from_secs(1)).is_err());
     }
 }
