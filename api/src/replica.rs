@@ -52,8 +52,23 @@ pub struct ReplicaStatus {
     pub progress: Progress,
     /// The last completed switchover, told by the source.
     pub report: Option<SwitchoverReport>,
+    /// The private disks' copies, told by the source while it copies.
+    #[serde(default)]
+    pub disks: Vec<DiskProgress>,
     /// Why the last attempt ended, in the words of whoever refused.
     pub error: Option<Refusal>,
+}
+
+/// How far the copy of one private disk is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskProgress {
+    /// The primary's image.
+    pub path: String,
+    /// What is to be copied by now: the disk, and what the guest wrote again since.
+    pub total_bytes: u64,
+    pub copied_bytes: u64,
+    /// The first full copy is complete; what the guest writes follows.
+    pub ready: bool,
 }
 
 /// Figures of the copy. The source knows them best; the target leaves at zero what it can't know.
@@ -90,6 +105,9 @@ pub struct SwitchoverReport {
     pub order_to_told_us: u64,
     pub last_pass_us: u64,
     pub device_state_us: u64,
+    /// While the guest was stopped: until its private disks were equal on both sides.
+    #[serde(default)]
+    pub disks_us: u64,
     pub load_us: u64,
     pub relinquish_us: u64,
     pub shut_us: u64,

@@ -12,7 +12,7 @@ use support::{CGROUP, PATIENCE, Primary, Site, assert_gone, bridge_and_tap, in_n
 use umbra_api::VmId;
 use umbra_api::order::{Peak, RefusalCode, Tier};
 use umbra_replicator::adopt::{Storage, adopt};
-use umbra_replicator::launch::{discard, launch, records, reopen};
+use umbra_replicator::launch::{Images, discard, launch, records, reopen};
 use umbra_replicator::proc::Scope;
 use umbra_replicator::qmp::{Client, QmpError};
 use umbra_replicator::tap;
@@ -67,8 +67,8 @@ fn a_plain_qemu_is_adopted_and_its_shadow_comes_and_goes_whole() {
         drop(shadow.qmp);
         let found = reopen(record.clone(), PATIENCE).unwrap();
         assert_eq!(status(&found.qmp), "inmigrate");
-        discard(&record).unwrap();
-        discard(&record).unwrap();
+        discard(&record, Images::Remove).unwrap();
+        discard(&record, Images::Remove).unwrap();
         assert_gone(&record);
         assert!(site.is_clean());
         drop(incoming);
@@ -144,7 +144,7 @@ fn a_shadow_takes_over_and_is_adopted_in_turn() {
         assert_eq!(Some(back.process.id), shadow.record.process);
         assert_ne!(back.process.id.pid, primary.pid());
         assert_eq!(back.spec, adopted.spec);
-        discard(&shadow.record).unwrap();
+        discard(&shadow.record, Images::Remove).unwrap();
         assert_gone(&shadow.record);
     });
 }
@@ -354,7 +354,7 @@ fn a_dead_replicator_leaves_nothing_that_is_not_on_record() {
             .detail
             .contains("gone")
     );
-    discard(&record).unwrap();
+    discard(&record, Images::Remove).unwrap();
     assert_gone(&record);
     assert!(site.is_clean());
     let adopted = adopt(vm, Scope::All, Storage::Private).unwrap();

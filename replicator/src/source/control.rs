@@ -51,6 +51,17 @@ impl Control {
         Ok(link.writer)
     }
 
+    /// Opens the connection of a disk.
+    pub fn attach_disk(addr: &str, times: Timeouts, session: u64, disk: usize) -> Result<Link, Refusal> {
+        let mut link = link::connect(addr, Purpose::Disk, times.connect).map_err(|e| unreachable(&e))?;
+        link.set_timeouts(None, Some(times.silence))
+            .map_err(|e| unreachable(&e))?;
+        link.writer
+            .send_message(&Message::AttachDisk { session, disk })
+            .map_err(|e| unreachable(&e))?;
+        Ok(link)
+    }
+
     /// Asks on a connection of its own, and waits for one answer.
     pub fn ask(addr: &str, times: Timeouts, question: &Message) -> Result<(Link, Message), Refusal> {
         let mut link = open(addr, times, question, times.silence)?;

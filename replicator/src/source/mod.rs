@@ -6,6 +6,7 @@
 pub mod control;
 pub mod machine;
 pub mod migration;
+pub mod mirror;
 pub mod pump;
 pub mod session;
 

@@ -1,6 +1,7 @@
 //! The door of the link: accepts connections from other replicators and brings each to its session.
 
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use umbra_api::wire::control::Message;
 use super::session::{Event, Reply};
 use crate::engine::{Engine, Hello};
 use crate::link::{self, FrameReader, Link, LinkError};
+use crate::tunnel;
 
 /// A stranger that connects and says nothing is not waited for.
 const FIRST_WORD: Duration = Duration::from_secs(5);
@@ -46,6 +48,7 @@ fn serve(engine: &Arc<Engine>, stream: TcpStream) {
         match purpose {
             Purpose::Control => control(engine, link),
             Purpose::Ram => ram(engine, link),
+            Purpose::Disk => disk(engine, link),
         }
     });
     if let Err(e) = served {
@@ -134,6 +137,27 @@ fn hear(mut reader: FrameReader<TcpStream>, reply: &Reply, events: &Sender<Event
             return;
         }
     }
+}
+
+/// Joins a source's disk connection with the daemon that writes the shadow's images.
+fn disk(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {
+    let first = link.reader.next_message()?;
+    let Message::AttachDisk { session, disk } = first else {
+        tracing::warn!(peer = link.peer(), "a disk connection can't open with {first:?}");
+        return Ok(());
+    };
+    let Some(path) = engine.disk_socket(session, disk) else {
+        tracing::warn!(peer = link.peer(), session, disk, "no session has this disk");
+        return Ok(());
+    };
+    link.set_timeouts(None, Some(engine.silence()))?;
+    let peer = link.peer().to_owned();
+    let carried = UnixStream::connect(&path).map_err(|e| format!("{}: {e}", path.display()));
+    match carried.and_then(|daemon| tunnel::carry(daemon, link)) {
+        Ok(()) => tracing::debug!(peer, session, disk, "the disk's connection ended"),
+        Err(why) => tracing::warn!(peer, session, disk, "the disk's connection ends: {why}"),
+    }
+    Ok(())
 }
 
 fn ram(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {

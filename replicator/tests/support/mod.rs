@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use umbra_api::VmId;
-use umbra_replicator::launch::{LaunchConfig, ShadowRecord, discard, records};
+use umbra_replicator::launch::{Images, LaunchConfig, ShadowRecord, discard, records};
 use umbra_replicator::qmp::Client;
 use umbra_replicator::{tap, tier};
 
@@ -105,7 +105,7 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         for record in records(&self.cfg).unwrap_or_default() {
-            let _ = discard(&record);
+            let _ = discard(&record, Images::Remove);
         }
         let _ = std::fs::remove_dir_all(&self.ram);
         // Stays as long as another test has a group in it.
