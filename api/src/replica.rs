@@ -64,7 +64,7 @@ pub struct ReplicaStatus {
 pub struct DiskProgress {
     /// The primary's image.
     pub path: String,
-    /// What is to be copied by now: the disk, and what the guest wrote again since.
+    /// What is to be copied by now: what the disk holds (its unallocated parts cost nothing), and what the guest wrote since.
     pub total_bytes: u64,
     pub copied_bytes: u64,
     /// The first full copy is complete; what the guest writes follows.

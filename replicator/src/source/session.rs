@@ -336,7 +336,11 @@ impl Session {
             Event::Disk { disk, news } => {
                 let heard = self.mirrors.as_mut().map_or(Ok(()), |m| m.heard(disk, news));
                 match heard {
-                    Ok(()) => self.maybe_seeded(),
+                    Ok(()) => {
+                        // A warm shadow's figures are there with its phase.
+                        self.ask_disks();
+                        self.maybe_seeded();
+                    }
                     Err(refusal) => self.input(Input::Failed(refusal)),
                 }
             }
