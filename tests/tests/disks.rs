@@ -118,11 +118,9 @@ fn go(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
     let report = pair.switchover(from)?;
     ensure!(pair.wait_runs()? == to, "after the switchover it runs on {to}");
     println!(
-        "{from} to {to}: guest stopped {:.1} ms, of which {:.1} ms for its disks; load {:.1} ms, relinquish {:.1} ms",
+        "{from} to {to}: guest stopped {:.1} ms, of which {:.1} ms for its disks; {report:?}",
         report.guest_stopped_us as f64 / 1e3,
         report.disks_us as f64 / 1e3,
-        report.load_us as f64 / 1e3,
-        report.relinquish_us as f64 / 1e3,
     );
     ensure!(storage_daemons(pair, to)? == 0, "the shadow has its disks for itself");
     // Past half a ring the guest has read back what it had written on the other host.
@@ -251,5 +249,72 @@ fn a_target_without_room_is_refused_before_anything_starts() {
         writes_on(pair, 20)?;
         ensure!(pair.wait_runs()? == "a", "it runs where it ran");
         Ok(())
+    });
+}
+
+/// The images that a QEMU's command line names.
+fn images_of(pid: i32) -> Vec<PathBuf> {
+    let line = sys::cmdline(pid);
+    let words = line.iter().flat_map(|a| a.split([',', '"', '=']));
+    words
+        .filter(|w| w.ends_with(".img") && !w.ends_with("initrd.img"))
+        .map(PathBuf::from)
+        .collect()
+}
+
+fn other(host: &str) -> &'static str {
+    if host == "a" { "b" } else { "a" }
+}
+
+/// QEMU pauses while the disks are made equal, and does not go on by itself if its replicator is gone: the restarted one sees to it.
+#[test]
+fn either_replicator_is_killed_while_the_disks_change_hands() {
+    with_pair("disks_killed", &spec(), |pair| {
+        for (source_dies, ms) in [true, false]
+            .into_iter()
+            .flat_map(|s| [4, 15, 30, 50, 75, 110].map(|ms| (s, ms)))
+        {
+            let from = pair.wait_runs()?;
+            let to = other(&from).to_owned();
+            pair.protect(&from, &to)?;
+            pair.wait_standby(&from)?;
+            let before = acknowledged(pair)?;
+            let epoch = pair.next_epoch();
+            pair.order(&from, epoch, OrderKind::Switchover)?;
+            std::thread::sleep(Duration::from_millis(ms));
+            let victim = if source_dies { &from } else { &to };
+            pair.kill_replicator(victim)?;
+            pair.restart_replicator(victim)?;
+            let runs = pair.wait_runs()?;
+            println!("the replicator on {victim} was killed {ms} ms after the order: from {from}, runs on {runs}");
+            // Past half a ring: what was written before the switchover was read back.
+            writes_on(pair, 280)?;
+            ensure!(pair.errors()? == 0, "no error in memory or on a disk");
+            let after = acknowledged(pair)?;
+            ensure!(
+                before.iter().all(|(d, n)| after.get(d).is_some_and(|m| m > n)),
+                "{before:?} {after:?}"
+            );
+            pair.release()?;
+            let epoch = pair.next_epoch();
+            // Where a stopped primary was kept, it is not needed any more.
+            let _ = pair
+                .replicator(other(&runs))?
+                .order(pair.id(), epoch, OrderKind::Retire)?;
+            pair.wait_alone()?;
+            ensure!(pair.wait_runs()? == runs, "clearing up moves nothing");
+        }
+        let runs = pair.wait_runs()?;
+        let told = acknowledged(pair)?;
+        let pids = vm::qemus(pair.host(&runs)?, pair.id());
+        let [pid] = pids.as_slice() else {
+            anyhow::bail!("one QEMU is left, not {pids:?}")
+        };
+        let images = images_of(*pid);
+        sys::kill(*pid, Signal::SIGKILL)?;
+        wait_for("it to be gone", Duration::from_secs(10), || {
+            Ok(vm::qemus(pair.host(&runs)?, pair.id()).is_empty().then_some(()))
+        })?;
+        check(pair, &images, &told)
     });
 }

@@ -82,6 +82,7 @@ impl Site {
         let cfg = LaunchConfig {
             run_dir: dir.path().join("run"),
             ram_dir: ram.join("ram"),
+            disk_dir: dir.path().join("disks"),
             cgroup: Some(CGROUP.into()),
             ..LaunchConfig::default()
         };
@@ -98,7 +99,7 @@ impl Site {
 
     pub fn is_clean(&self) -> bool {
         let empty = |p: &Path| std::fs::read_dir(p).map_or(true, |mut d| d.next().is_none());
-        empty(&self.cfg.run_dir) && empty(&self.cfg.ram_dir)
+        empty(&self.cfg.run_dir) && empty(&self.cfg.ram_dir) && empty(&self.cfg.disk_dir)
     }
 }
 
