@@ -211,7 +211,7 @@ mod tests {
             WireError::BlockTwice(_)
         ));
         assert!(matches!(
-            refused(vec![block("a", u64::MAX & !4095), block("b", 4096)]),
+            refused(vec![block("a", !4095), block("b", 4096)]),
             WireError::OutOfRange { .. }
         ));
         let many = (0..=BLOCKS_MAX).map(|i| block(&i.to_string(), 4096)).collect();

@@ -431,7 +431,7 @@ fn local(what: &str, e: io::Error) -> Refusal {
     Refusal::new(RefusalCode::Local, format!("{what}: {e}"))
 }
 
-fn make_dir(path: &Path) -> Result<(), Refusal> {
+pub(crate) fn make_dir(path: &Path) -> Result<(), Refusal> {
     // A guest's memory and its consoles are nobody else's business.
     DirBuilder::new()
         .recursive(true)

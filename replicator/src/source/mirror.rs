@@ -23,6 +23,7 @@ use umbra_api::wire::control::Disk;
 
 use super::session::Event;
 use crate::launch::disks::export;
+use crate::launch::make_dir;
 use crate::link::Link;
 use crate::proc::ProcessId;
 use crate::qmp::{self, Client};
@@ -189,7 +190,7 @@ fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>) -> Result<Mirror, 
     let local = |what: &str, e: &dyn std::fmt::Display| failed(disk, &format!("{what}: {e}"));
     let link = (way.connect)(n)?;
     let path = way.dir.join(format!("mirror-{}-{n}.sock", way.qemu.pid));
-    fs::create_dir_all(way.dir).map_err(|e| local("its folder", &e))?;
+    make_dir(way.dir)?;
     // Of a replicator that died; a QEMU has one protection at a time.
     let _ = fs::remove_file(&path);
     let listener = UnixListener::bind(&path).map_err(|e| local("its socket", &e))?;

@@ -273,13 +273,6 @@ impl Session {
 
     /// After a restart: what the disk says, checked against the primary.
     fn recover(&mut self, durable: Durable) {
-        if let Some(qmp) = self
-            .qmp
-            .as_ref()
-            .filter(|_| !matches!(durable, Durable::HandedOver { .. }))
-        {
-            mirror::sweep(qmp);
-        }
         let primary = ask_primary(self.plan.process, self.qmp.as_ref());
         let primary = primary.unwrap_or_else(|e| {
             tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
@@ -288,6 +281,14 @@ impl Session {
         let (machine, actions) = Machine::resume(durable, primary == Primary::Stopped, primary == Primary::Gone);
         self.machine = machine;
         self.perform(actions);
+        // Behind what lets the guest run on: what is left of mirrors is in nobody's way.
+        if let Some(qmp) = self
+            .qmp
+            .as_ref()
+            .filter(|_| !matches!(durable, Durable::HandedOver { .. }))
+        {
+            mirror::sweep(qmp);
+        }
         self.publish();
     }
 

@@ -36,7 +36,7 @@ impl State {
             dirty_pages_per_s: AtomicU64::new(dirty_pages_per_s),
             burner,
             work,
-            disks: disks.iter().map(disk).collect(),
+            disks: disks.iter().map(|name| disk(name)).collect(),
         }
     }
 
@@ -52,7 +52,7 @@ impl State {
 
     pub fn json(&self) -> String {
         let disk = |d: &Disk| format!(r#""{}":{}"#, d.name, d.acknowledged.load(Relaxed));
-        let disks: Vec<_> = self.disks.iter().map(disk).collect();
+        let disks: Vec<_> = self.disks.iter().map(|name| disk(name)).collect();
         format!(
             r#"{{"counter":{},"errors":{},"dirty_pages":{},"pattern_pages":{},"scrubbed_pages":{},"uptime_ms":{},"burn":{:.4},"disks":{{{}}}}}"#,
             self.counter.load(Relaxed),
@@ -67,9 +67,9 @@ impl State {
     }
 }
 
-fn disk(name: &String) -> Disk {
+fn disk(name: &str) -> Disk {
     Disk {
-        name: name.clone(),
+        name: name.to_owned(),
         acknowledged: AtomicU64::new(0),
     }
 }
