@@ -52,7 +52,7 @@ impl State {
 
     pub fn json(&self) -> String {
         let disk = |d: &Disk| format!(r#""{}":{}"#, d.name, d.acknowledged.load(Relaxed));
-        let disks: Vec<_> = self.disks.iter().map(|name| disk(name)).collect();
+        let disks: Vec<_> = self.disks.iter().map(disk).collect();
         format!(
             r#"{{"counter":{},"errors":{},"dirty_pages":{},"pattern_pages":{},"scrubbed_pages":{},"uptime_ms":{},"burn":{:.4},"disks":{{{}}}}}"#,
             self.counter.load(Relaxed),
