@@ -52,6 +52,9 @@ pub struct ReplicaStatus {
     pub progress: Progress,
     /// The last completed switchover, told by the source.
     pub report: Option<SwitchoverReport>,
+    /// The private disks' copies, told by the source while it copies.
+    #[serde(default)]
+    pub disks: Vec<DiskProgress>,
     /// Why the last attempt ended, in the words of whoever refused.
     pub error: Option<Refusal>,
 }
@@ -62,6 +65,18 @@ pub struct ReplicaStatus {
 pub struct Limits {
     /// Megabits (10⁶) a second that the host's protections may send together; `null`: as fast as it goes.
     pub bandwidth_mbit: Option<u32>,
+}
+
+/// How far the copy of one private disk is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskProgress {
+    /// The primary's image.
+    pub path: String,
+    /// What is to be copied by now: what the disk holds (its unallocated parts cost nothing), and what the guest wrote since.
+    pub total_bytes: u64,
+    pub copied_bytes: u64,
+    /// The first full copy is complete; what the guest writes follows.
+    pub ready: bool,
 }
 
 /// Figures of the copy. The source knows them best; the target leaves at zero what it can't know.
@@ -98,6 +113,9 @@ pub struct SwitchoverReport {
     pub order_to_told_us: u64,
     pub last_pass_us: u64,
     pub device_state_us: u64,
+    /// While the guest was stopped: until its private disks were equal on both sides.
+    #[serde(default)]
+    pub disks_us: u64,
     pub load_us: u64,
     pub relinquish_us: u64,
     pub shut_us: u64,

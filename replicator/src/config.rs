@@ -38,9 +38,16 @@ pub struct Config {
     /// Which QEMU processes are this host's: `all`, or `netns` for those in the replicator's own network namespace.
     #[serde(default)]
     pub scope: Scope,
-    /// Writable disks of the VMs: `private` can't be shadowed yet, `shared` ones are reached by all hosts under the same path.
+    /// Writable disks of the VMs: `private` ones are copied to images of the target's, `shared` ones are reached by all hosts under
+    /// the same path.
     #[serde(default)]
     pub storage: Storage,
+    /// Images of the shadows' private disks.
+    #[serde(default = "default_disk_dir")]
+    pub disk_dir: PathBuf,
+    /// Images that were set aside here for disks of other hosts, by the path there: `"/srv/web.qcow2" = "/data/web.qcow2"`.
+    #[serde(default)]
+    pub disks: BTreeMap<String, PathBuf>,
     /// Where QEMU's binaries are looked for, before PATH.
     pub qemu_dir: Option<PathBuf>,
     /// Parent cgroup of the shadows, for their tiers, below the cpu controller's mount. Empty: no tiers.
@@ -119,6 +126,10 @@ fn default_run_dir() -> PathBuf {
     "/run/umbra".into()
 }
 
+fn default_disk_dir() -> PathBuf {
+    "/var/lib/umbra/disks".into()
+}
+
 fn default_ram_dir() -> PathBuf {
     "/dev/shm/umbra".into()
 }
@@ -133,6 +144,8 @@ impl Config {
             cpus: None,
             bridges: self.bridges.clone(),
             default_bridge: self.default_bridge.clone(),
+            disk_dir: self.disk_dir.clone(),
+            disks: self.disks.clone(),
         }
     }
 }
@@ -170,9 +183,17 @@ impl Check for Config {
             ("state_dir", &self.state_dir),
             ("run_dir", &self.run_dir),
             ("ram_dir", &self.ram_dir),
+            ("disk_dir", &self.disk_dir),
         ];
-        if let Some((key, path)) = absolute.into_iter().find(|(_, p)| !p.is_absolute()) {
+        let images = self.disks.values().map(|p| ("disks", p));
+        if let Some((key, path)) = absolute.into_iter().chain(images).find(|(_, p)| !p.is_absolute()) {
             return Err(Invalid::new(key, format!("{} is not an absolute path", path.display())));
+        }
+        if let Some(path) = crate::launch::disks::duplicate(&self.disks) {
+            return Err(Invalid::new(
+                "disks",
+                format!("{} is set aside for two disks", path.display()),
+            ));
         }
         if !(1..=19).contains(&self.link.zstd_level) {
             return Err(Invalid::new(

@@ -4,6 +4,7 @@
 //! the replica's phase. What it leads to happens in the replica's own thread.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -18,7 +19,7 @@ use umbra_daemon::config::Invalid;
 use crate::adopt;
 use crate::config::Config;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
-use crate::launch::{self, ShadowRecord};
+use crate::launch::{self, Images, ShadowRecord};
 use crate::limits::{Limits, Throttle};
 use crate::link::{Identity, Security};
 use crate::qmp::Client;
@@ -179,13 +180,18 @@ impl Engine {
     /// Discards shadows that no record knows: the replicator died while it started them.
     fn sweep(&self) {
         let known: Vec<(VmId, u64)> = self.core.journal.all().iter().flat_map(shadows_of).collect();
+        // A journal that is gone knows nothing of shadows that became the VM.
+        let images = match self.core.journal.all().is_empty() {
+            true => Images::Keep,
+            false => Images::Remove,
+        };
         let found = match launch::records(&self.core.config.launch()) {
             Ok(found) => found,
             Err(e) => return tracing::warn!("leftover shadows can't be looked for: {e}"),
         };
         for record in found.iter().filter(|r| !known.contains(&(r.vm, r.session))) {
             tracing::info!(vm = %record.vm, session = record.session, "discarding a shadow that nobody knows");
-            if let Err(e) = launch::discard(record) {
+            if let Err(e) = launch::discard(record, images) {
                 tracing::warn!(vm = %record.vm, "leftover shadow: {e}");
             }
         }
@@ -462,7 +468,8 @@ impl Engine {
         }
         quit(&source.qemu)?;
         if let Some(shadow) = &source.leftover {
-            launch::discard(shadow)?;
+            // The VM runs elsewhere, with all that these disks had.
+            launch::discard(shadow, Images::Remove)?;
         }
         let noted = self.core.journal.update(order.vm, |r| {
             r.remember(order.id);
@@ -526,6 +533,7 @@ impl Engine {
                 qmp: shadow.qmp.clone(),
                 mark,
                 events: events.clone(),
+                record: shadow.record.clone(),
             };
             self.feeds
                 .lock()
@@ -535,7 +543,7 @@ impl Engine {
             Ok((session, events))
         })();
         begun.inspect_err(|_| {
-            if let Err(e) = launch::discard(&shadow.record) {
+            if let Err(e) = launch::discard(&shadow.record, Images::Remove) {
                 tracing::warn!(%vm, "the shadow is not cleaned up: {e}");
             }
         })
@@ -552,6 +560,20 @@ impl Engine {
     /// Whom this host takes or took a shadow of the VM from.
     pub fn source_of(&self, vm: VmId) -> Option<HostId> {
         self.core.journal.get(vm)?.target.map(|t| t.peer)
+    }
+
+    /// Where a disk of a session's shadow is written, as long as it waits.
+    pub fn disk_socket(&self, session: u64, disk: usize, from: &Identity) -> Result<PathBuf, String> {
+        let targets = self.core.journal.all().into_iter().filter_map(|r| r.target);
+        let found = targets
+            .filter(|t| t.durable == TargetDurable::Shadow)
+            .find_map(|t| Some((t.peer, t.shadow.filter(|s| s.session == session)?)));
+        let (peer, shadow) = found.ok_or("no session waits for this disk connection")?;
+        from.is(&peer)?;
+        match shadow.disks.get(disk) {
+            Some(_) => Ok(launch::disks::socket(&shadow.dir)),
+            None => Err(format!("the session has {} disks", shadow.disks.len())),
+        }
     }
 
     /// Where the session of a VM's shadow hears, if there is one.
@@ -633,6 +655,7 @@ fn admitted(record: &VmRecord, t: &TargetRecord) -> ReplicaStatus {
         tier: None,
         progress: Progress::default(),
         report: None,
+        disks: Vec::new(),
         error: None,
     }
 }

@@ -110,6 +110,7 @@ fn hello(as_host: &str, epoch: u64) -> Message {
             args: Vec::new(),
             ram: Vec::new(),
             nics: Vec::new(),
+            disks: Vec::new(),
             files: Vec::new(),
         }),
     }

@@ -1,7 +1,10 @@
 //! The switchover's protocol, explored: the product's own two machines, a model of the two QEMUs, a link that loses what is
 //! on it, and replicators that die between any two actions. Every reachable state is visited.
 //!
-//! Checked in each: never two running copies. In each state in which nothing is left to happen: exactly one copy runs.
+//! The VM has a private disk, which a mirror keeps up to date: QEMU pauses with the stopped guest until the copies are equal.
+//!
+//! Checked in each: never two running copies, and never a shadow that runs on a disk which is not the primary's last, or which the
+//! daemon that filled it still has. In each state in which nothing is left to happen: exactly one copy runs.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -15,6 +18,8 @@ const SWITCH: Epoch = Epoch(2);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Primary {
     Runs,
+    /// Stopped, and waits for its replicator to make the disks equal. Its socket's end does not wake it.
+    PreSwitchover,
     /// Stopped at the end of its migration; runs again if the migration's socket closes.
     Device,
     /// Its migration is complete.
@@ -66,6 +71,10 @@ struct World {
     /// The source holds the migration's socket.
     socket: bool,
     acked: bool,
+    /// The shadow's image has all that the guest has written.
+    equal: bool,
+    /// The daemon has the shadow's image.
+    daemon: bool,
     shadow: Shadow,
     /// The source's connection to the target, with what is on its way.
     link: Option<(VecDeque<ToTarget>, VecDeque<ToSource>)>,
@@ -81,6 +90,7 @@ struct World {
     timeouts: u8,
     primary_deaths: u8,
     load_failures: u8,
+    mirror_failures: u8,
 }
 
 impl World {
@@ -102,6 +112,8 @@ impl World {
             primary: Primary::Runs,
             socket: true,
             acked: false,
+            equal: false,
+            daemon: true,
             shadow: Shadow::Waits,
             link: Some((VecDeque::new(), VecDeque::new())),
             source_lost: false,
@@ -113,6 +125,7 @@ impl World {
             timeouts: 1,
             primary_deaths: 1,
             load_failures: 1,
+            mirror_failures: 1,
         }
     }
 
@@ -152,7 +165,20 @@ impl World {
     fn close_socket(&mut self) {
         self.socket = false;
         if self.primary == Primary::Device {
-            self.primary = Primary::Runs;
+            self.primary_runs();
+        }
+    }
+
+    /// It writes on its own disk from here on.
+    fn primary_runs(&mut self) {
+        self.primary = Primary::Runs;
+        self.equal = false;
+    }
+
+    /// What a replicator does that lets go of a primary, or finds it after a restart: a paused migration is cancelled.
+    fn cancel_pause(&mut self) {
+        if self.primary == Primary::PreSwitchover {
+            self.primary_runs();
         }
     }
 
@@ -176,12 +202,15 @@ impl World {
                     self.send_target(ToTarget::Abort);
                 }
             }
-            A::Abandon => self.close_socket(),
+            A::Abandon => {
+                self.close_socket();
+                self.cancel_pause();
+            }
             // Done by the step `resolve`, which may happen at any time later.
             A::Resolve { .. } => {}
             A::TakeBack => {
                 if self.primary == Primary::Postmigrate {
-                    self.primary = Primary::Runs;
+                    self.primary_runs();
                 }
                 self.tell_source(source::Input::TakenBack);
             }
@@ -206,6 +235,11 @@ impl World {
             A::Refuse(_) => self.send_source(ToSource::Refused),
             A::Resume => match self.shadow {
                 Shadow::Loaded | Shadow::Runs => {
+                    assert!(
+                        self.equal || self.shadow == Shadow::Runs,
+                        "a shadow runs on an old disk"
+                    );
+                    assert!(!self.daemon, "a shadow runs on a disk that another process writes");
                     self.shadow = Shadow::Runs;
                     self.tell_target(target::Input::Resumed);
                 }
@@ -213,6 +247,7 @@ impl World {
             },
             A::Discard => {
                 assert_ne!(self.shadow, Shadow::Runs, "a running VM is discarded");
+                self.daemon = false;
                 self.shadow = Shadow::Gone;
             }
         }
@@ -225,6 +260,8 @@ impl World {
             ToTarget::StreamEnd => {
                 if self.shadow == Shadow::Waits {
                     self.shadow = Shadow::Fed;
+                    // Its end is waited for before 'streamed' is told.
+                    self.daemon = false;
                 }
                 self.tell_target(target::Input::Streamed);
             }
@@ -294,6 +331,7 @@ impl World {
         }
         if self.source.alive.is_none() {
             self.then("source restarts", out, |w| {
+                w.cancel_pause();
                 let (stopped, gone) = (w.primary == Primary::Postmigrate, w.primary == Primary::Gone);
                 let (m, actions) = source::Machine::resume(w.source_disk, stopped, gone);
                 w.source.alive = Some((m, actions.into()));
@@ -357,11 +395,36 @@ impl World {
 
     fn qemus(&self, out: &mut Vec<(&'static str, World)>) {
         if self.acked && self.socket && self.primary == Primary::Runs && self.source_idle() {
-            self.then("guest stops, stream ends", out, |w| {
-                w.primary = Primary::Device;
+            self.then("guest stops", out, |w| {
+                w.primary = Primary::PreSwitchover;
                 w.acked = false;
-                w.send_target(ToTarget::StreamEnd);
-                w.tell_source(source::Input::Streamed);
+            });
+        }
+        // Whether it still is about to switch is what the driver asks before it lets QEMU go on.
+        if self.primary == Primary::PreSwitchover && self.source_is(|s| matches!(s, source::State::Stopping { .. })) {
+            if self.link.is_some() && !self.source_lost {
+                self.then("disks are equal, stream ends", out, |w| {
+                    w.equal = true;
+                    w.primary = Primary::Device;
+                    w.send_target(ToTarget::StreamEnd);
+                    w.tell_source(source::Input::Streamed);
+                });
+            }
+            if self.mirror_failures > 0 {
+                self.then("a mirror fails", out, |w| {
+                    w.mirror_failures -= 1;
+                    let why = umbra_api::order::Refusal::new(umbra_api::order::RefusalCode::Local, "no room");
+                    w.tell_source(source::Input::Failed(why));
+                });
+            }
+        }
+        if self.primary == Primary::PreSwitchover
+            && self.source_idle()
+            && !self.source_is(|s| matches!(s, source::State::Stopping { .. }))
+        {
+            self.then("the pause is heard too late", out, |w| {
+                w.tell_source(source::Input::MigrationFailed("unasked".into()));
+                w.cancel_pause();
             });
         }
         if self.primary == Primary::Postmigrate && self.source_is(|s| matches!(s, source::State::Shutting { .. })) {
@@ -426,7 +489,7 @@ impl World {
                 w.tell_source(source::Input::TimedOut);
             });
         }
-        if self.primary_deaths > 0 && self.primary == Primary::Device {
+        if self.primary_deaths > 0 && matches!(self.primary, Primary::Device | Primary::PreSwitchover) {
             self.then("primary dies while stopped", out, |w| {
                 w.primary_deaths -= 1;
                 w.primary = Primary::Gone;

@@ -12,7 +12,7 @@ use support::{CGROUP, PATIENCE, Primary, Site, assert_gone, bridge_and_tap, in_n
 use umbra_api::VmId;
 use umbra_api::order::{Peak, RefusalCode, Tier};
 use umbra_replicator::adopt::{Storage, adopt};
-use umbra_replicator::launch::{discard, launch, records, reopen};
+use umbra_replicator::launch::{Images, discard, launch, records, reopen};
 use umbra_replicator::proc::Scope;
 use umbra_replicator::qmp::{Client, QmpError};
 use umbra_replicator::tap;
@@ -67,8 +67,8 @@ fn a_plain_qemu_is_adopted_and_its_shadow_comes_and_goes_whole() {
         drop(shadow.qmp);
         let found = reopen(record.clone(), PATIENCE).unwrap();
         assert_eq!(status(&found.qmp), "inmigrate");
-        discard(&record).unwrap();
-        discard(&record).unwrap();
+        discard(&record, Images::Remove).unwrap();
+        discard(&record, Images::Remove).unwrap();
         assert_gone(&record);
         assert!(site.is_clean());
         drop(incoming);
@@ -144,7 +144,7 @@ fn a_shadow_takes_over_and_is_adopted_in_turn() {
         assert_eq!(Some(back.process.id), shadow.record.process);
         assert_ne!(back.process.id.pid, primary.pid());
         assert_eq!(back.spec, adopted.spec);
-        discard(&shadow.record).unwrap();
+        discard(&shadow.record, Images::Remove).unwrap();
         assert_gone(&shadow.record);
     });
 }
@@ -354,9 +354,90 @@ fn a_dead_replicator_leaves_nothing_that_is_not_on_record() {
             .detail
             .contains("gone")
     );
-    discard(&record).unwrap();
+    discard(&record, Images::Remove).unwrap();
     assert_gone(&record);
     assert!(site.is_clean());
     let adopted = adopt(vm, Scope::All, Storage::Private).unwrap();
     assert_eq!(status(&adopted.qmp), "running");
+}
+
+fn image(path: &std::path::Path, format: &str, mib: u64) {
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", format])
+        .arg(path)
+        .arg(format!("{mib}M"))
+        .status();
+    assert!(made.unwrap().success());
+}
+
+#[test]
+fn images_of_a_shadow_come_and_go_with_it_and_wrong_ones_are_refused() {
+    if skipped() {
+        return;
+    }
+    in_namespace(|| {
+        let mut site = Site::new();
+        let vm = vm();
+        let (raw, qcow2) = (site.path("a.img"), site.path("b.qcow2"));
+        image(&raw, "raw", 8);
+        image(&qcow2, "qcow2", 16);
+        let disks = format!(
+            "-M q35 -m 32 -drive file={},if=virtio,format=raw -drive file={},if=none,id=d1 -device virtio-blk-pci,drive=d1",
+            raw.display(),
+            qcow2.display()
+        );
+        let _primary = Primary::start(&site, vm, "disks", &disks);
+        let spec = adopt(vm, Scope::Netns, Storage::Private).unwrap().spec;
+        let bytes: Vec<_> = spec.disks.iter().map(|d| (d.format.name(), d.bytes >> 20)).collect();
+        assert_eq!(bytes, [("raw", 8), ("qcow2", 16)]);
+
+        let shadow = launch(&spec, &site.cfg, vm, 1).unwrap();
+        let daemon = shadow.record.storage.unwrap();
+        assert!(daemon.alive() && shadow.record.disks.iter().all(|d| d.path.is_file()));
+        let active = || shadow.qmp.execute("blockdev-set-active", json!({"active": true}));
+        match active() {
+            Err(QmpError::Qemu { class, .. }) if class == "CommandNotFound" => println!("QEMU before 10: not asked"),
+            Err(e) => {
+                assert!(e.to_string().contains("lock"), "the daemon has them: {e}");
+                umbra_replicator::launch::disks::stop(&shadow.record).unwrap();
+                assert!(!daemon.alive());
+                active().unwrap();
+            }
+            Ok(_) => panic!("two processes have the images for writing"),
+        }
+        discard(&shadow.record, Images::Keep).unwrap();
+        assert!(
+            shadow.record.disks.iter().all(|d| d.path.is_file()),
+            "those of a VM that ran stay"
+        );
+        discard(&shadow.record, Images::Remove).unwrap();
+        assert!(!daemon.alive() && !shadow.record.disks.iter().any(|d| d.path.exists()));
+
+        // One that an operator set aside: as it must be, then in every way in which it may be wrong.
+        let mine = site.path("set-aside.qcow2");
+        site.cfg.disks.insert(qcow2.display().to_string(), mine.clone());
+        let refused = |site: &Site, words: &str| {
+            let refusal = launch(&spec, &site.cfg, vm, 2).map(|_| ()).unwrap_err();
+            assert_eq!(refusal.code, RefusalCode::TargetLacks, "{refusal}");
+            assert!(refusal.detail.contains(words), "{words}: {refusal}");
+            assert!(site.is_clean() && mine.exists() == (words != "no file"), "{refusal}");
+        };
+        refused(&site, "no file");
+        image(&mine, "qcow2", 15);
+        refused(&site, "15728640 bytes, the VM's disk has 16777216");
+        image(&mine, "qcow2", 16);
+        let user = Primary::start(
+            &site,
+            VmId(uuid::Uuid::new_v4()),
+            "user",
+            &format!("-M q35 -drive file={}", mine.display()),
+        );
+        refused(&site, "lock");
+        drop(user);
+        let shadow = launch(&spec, &site.cfg, vm, 3).unwrap();
+        assert_eq!(shadow.record.disks[1].path, mine);
+        discard(&shadow.record, Images::Remove).unwrap();
+        assert!(mine.exists(), "an operator's image is never removed");
+        assert!(site.is_clean());
+    });
 }

@@ -99,6 +99,7 @@ mod tests {
             tier: None,
             progress: Progress::default(),
             report: None,
+            disks: Vec::new(),
             error: None,
         }
     }

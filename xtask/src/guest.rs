@@ -21,7 +21,9 @@ use crate::{ebpf, run};
 const KERNEL: &str = "linux-image-cloud-amd64";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What the guest drives; their dependencies are found from the modules themselves.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_net", "virtio_blk"];
+const MODULES: [&str; 5] = ["virtio_pci", "virtio_net", "virtio_blk", "virtio_scsi", "sd_mod"];
+/// In the cache beside the modules: for which list they were picked.
+const WANTED: &str = "modules/wanted";
 
 pub fn folder(root: &Path) -> PathBuf {
     ebpf::target_dir(root).join("guest")
@@ -123,7 +125,10 @@ fn program(root: &Path) -> Result<PathBuf> {
 fn kernel(apt: &mut Apt) -> Result<PathBuf> {
     let cache = ebpf::cache_dir()?.join("kernel");
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
-    let complete = |entry: &PathBuf| entry.join("modules/order").exists() && entry.join("vmlinuz").exists();
+    let wanted = MODULES.join(" ");
+    let complete = |entry: &PathBuf| {
+        fs::read_to_string(entry.join(WANTED)).is_ok_and(|had| had == wanted) && entry.join("vmlinuz").exists()
+    };
     let mut there: Vec<_> = fs::read_dir(&cache)?
         .flatten()
         .map(|entry| entry.path())
@@ -144,6 +149,10 @@ fn fetch_kernel(apt: &mut Apt, cache: &Path) -> Result<PathBuf> {
     fs::create_dir_all(&work)?;
     let result = unpack_kernel(apt, &package, &work).and_then(|()| {
         let place = cache.join(&package);
+        // Made for an older list of modules.
+        if place.exists() && !matches!(fs::read_to_string(place.join(WANTED)), Ok(had) if had == MODULES.join(" ")) {
+            fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
+        }
         let moved = fs::rename(work.join("ready"), &place);
         // Another setup may have been quicker; its kernel is as good.
         if !place.join("vmlinuz").exists() {
@@ -185,6 +194,7 @@ fn unpack_kernel(apt: &mut Apt, package: &str, work: &Path) -> Result<()> {
         order += &format!("{name}\n");
     }
     fs::write(ready.join("modules/order"), order)?;
+    fs::write(ready.join(WANTED), MODULES.join(" "))?;
     Ok(())
 }
 

@@ -4,7 +4,7 @@
 //! source                                   target
 //!   Hello {vm, epoch, spec}        ──>
 //!                                  <──     Welcome {session} | Refused
-//!   (opens the ram connection: Attach {session})
+//!   (opens the ram connection: Attach {session}, and one a private disk: AttachDisk {session, disk})
 //!                                  <──     Seeded, RoundDone …          (acks of the ram connection's marks)
 //!   (device state, StreamEnd on the ram connection)
 //!                                  <──     Prepared {epoch} | Refused
@@ -38,6 +38,11 @@ pub enum Message {
     /// First message of a ram connection.
     Attach {
         session: u64,
+    },
+    /// First message of a disk connection; `disk` is the place in [`ShadowSpec::disks`].
+    AttachDisk {
+        session: u64,
+        disk: usize,
     },
     /// The source asked for the end of a session, and the primary runs on.
     Goodbye {
@@ -116,6 +121,9 @@ pub struct ShadowSpec {
     pub nics: Vec<Nic>,
     /// Files that the command line names and that must exist on the target: kernels, firmware, shared images.
     pub files: Vec<String>,
+    /// Writable disks that are copied to images of the target's.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
 }
 
 /// One argument of the shadow's command line.
@@ -126,6 +134,12 @@ pub enum Arg {
     Plain(String),
     /// `-netdev` of the NIC with this index: the target inserts its own tap.
     Netdev { nic: usize, prefix: String, suffix: String },
+    /// Names the disk with this index: the target inserts its own image's path.
+    Disk {
+        disk: usize,
+        prefix: String,
+        suffix: String,
+    },
     /// A path that the target makes in its own run directory: `prefix` + path + `suffix`.
     RunFile {
         prefix: String,
@@ -148,6 +162,38 @@ pub struct Nic {
     /// The bridge that the primary's tap is a port of.
     pub bridge: Option<String>,
     pub tap: String,
+}
+
+/// A private disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// QEMU's name of the node at the top, on the primary.
+    pub node: String,
+    /// What the guest sees it as, on the primary: an id or a path of QEMU's.
+    pub device: String,
+    /// The primary's image.
+    pub path: String,
+    pub format: DiskFormat,
+    /// As the guest sees it.
+    pub bytes: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    Raw,
+    Qcow2,
+}
+
+impl DiskFormat {
+    /// As QEMU calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 #[cfg(test)]

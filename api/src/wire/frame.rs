@@ -23,16 +23,19 @@ pub enum Kind {
     StreamEnd,
     /// [`super::setup::StreamSetup`]: before the first batch of pages.
     Setup,
+    /// A piece of a disk's NBD conversation, word for word, in order.
+    Disk,
 }
 
 impl Kind {
-    const ALL: [(Self, u8, u32); 6] = [
+    const ALL: [(Self, u8, u32); 7] = [
         (Self::Control, 1, 1 << 20),
         (Self::Pages, 2, 2 << 20),
         (Self::RoundEnd, 3, 64),
         (Self::DeviceState, 4, 1 << 20),
         (Self::StreamEnd, 5, 64),
         (Self::Setup, 6, 512 << 10),
+        (Self::Disk, 7, 1 << 20),
     ];
 
     fn to_byte(self) -> u8 {
@@ -62,6 +65,7 @@ impl fmt::Display for Kind {
             Self::DeviceState => "device-state",
             Self::StreamEnd => "stream-end",
             Self::Setup => "setup",
+            Self::Disk => "disk",
         })
     }
 }

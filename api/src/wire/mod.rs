@@ -8,7 +8,8 @@
 //! ```
 //! All numbers are little-endian. The checksum is XXH3-64 of the payload, seeded with the first eight bytes of the header, so
 //! that a frame whose header was hit does not pass either. One connection a purpose: `control` carries the JSON messages of
-//! [`control`], `ram` the [`setup`] of the stream, the page batches of [`pages`] and, behind them in order, what ends a stream.
+//! [`control`], `ram` the [`setup`] of the stream, the page batches of [`pages`] and, behind them in order, what ends a stream. `disk`,
+//! one connection a private disk, carries the NBD bytes between the two QEMUs' sides, both ways.
 //!
 //! In TLS both sides show a certificate. The connecting side wants the name of the host that it was ordered to; the accepting side
 //! wants that of the host that `hello` names, that admitted the shadow asked for by `resolve`, or whose session is attached to.
@@ -37,6 +38,8 @@ pub const PREAMBLE_LEN: usize = 16;
 pub enum Purpose {
     Control,
     Ram,
+    /// The NBD bytes of one private disk, both ways.
+    Disk,
 }
 
 impl Purpose {
@@ -44,6 +47,7 @@ impl Purpose {
         match self {
             Self::Control => 1,
             Self::Ram => 2,
+            Self::Disk => 3,
         }
     }
 }
@@ -53,6 +57,7 @@ impl fmt::Display for Purpose {
         f.write_str(match self {
             Self::Control => "control",
             Self::Ram => "ram",
+            Self::Disk => "disk",
         })
     }
 }
@@ -118,6 +123,7 @@ pub fn decode_preamble(p: &[u8; PREAMBLE_LEN]) -> Result<Purpose, WireError> {
     match rest[2] {
         1 => Ok(Purpose::Control),
         2 => Ok(Purpose::Ram),
+        3 => Ok(Purpose::Disk),
         other => Err(WireError::Purpose(other)),
     }
 }
@@ -175,7 +181,7 @@ mod tests {
 
     #[test]
     fn preambles() {
-        for purpose in [Purpose::Control, Purpose::Ram] {
+        for purpose in [Purpose::Control, Purpose::Ram, Purpose::Disk] {
             assert_eq!(decode_preamble(&encode_preamble(purpose)), Ok(purpose));
         }
         let good = encode_preamble(Purpose::Ram);

@@ -7,12 +7,12 @@
 use std::path::Path;
 
 use umbra_api::order::{Refusal, RefusalCode};
-use umbra_api::wire::control::{Arg, Nic, RamBlock, ShadowSpec};
+use umbra_api::wire::control::{Arg, Disk, Nic, RamBlock, ShadowSpec};
 
 use super::facts::{Facts, Storage};
 use super::options::{Opts, Pair};
-use super::rules::{OBJECTS_CARRIED, Rule, TERMINAL, device_refusal, rule};
-use super::{chardev, netdev};
+use super::rules::{DISKS, OBJECTS_CARRIED, Rule, TERMINAL, device_refusal, rule};
+use super::{chardev, disk, netdev};
 use crate::launch::QMP_ID;
 use crate::launch::command::is_plain_name;
 use crate::qmp::Version;
@@ -45,10 +45,11 @@ pub(super) fn unsupported(why: impl Into<String>) -> Refusal {
 
 /// State of one pass over the arguments.
 pub(super) struct Walk<'a> {
-    args: &'a [String],
+    pub(super) args: &'a [String],
     pub(super) facts: &'a Facts,
     pub(super) out: Vec<Arg>,
     pub(super) nics: Vec<Nic>,
+    pub(super) disks: Vec<Disk>,
     files: Vec<String>,
     pub(super) warnings: Vec<String>,
     /// Options of all `-machine`s together.
@@ -74,6 +75,7 @@ impl<'a> Walk<'a> {
             facts,
             out: Vec::new(),
             nics: Vec::new(),
+            disks: Vec::new(),
             files: Vec::new(),
             warnings: Vec::new(),
             machine: Vec::new(),
@@ -94,7 +96,7 @@ impl<'a> Walk<'a> {
         let mut args = self.args.iter();
         while let Some(arg) = args.next() {
             let Some(option) = arg.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else {
-                return Err(unsupported(format!("the disk {arg}: private disks come next")));
+                return Err(unsupported(format!("the disk {arg}: {DISKS}")));
             };
             let rule = rule(option).ok_or_else(|| {
                 unsupported(format!(
@@ -183,6 +185,9 @@ impl<'a> Walk<'a> {
     fn finish(mut self, program: &str) -> Result<Derived, Refusal> {
         self.check_consoles()?;
         self.check_hotplug()?;
+        if self.facts.storage == Storage::Private {
+            disk::check_all(&self)?;
+        }
         let ram = self.ram()?;
         let text = self.machine.iter().map(Pair::render).collect::<Vec<_>>().join(",");
         let comma = if text.is_empty() { "" } else { "," };
@@ -202,6 +207,7 @@ impl<'a> Walk<'a> {
                 ram,
                 nics: self.nics,
                 files: self.files,
+                disks: self.disks,
             },
             warnings: self.warnings,
         })
@@ -370,10 +376,7 @@ impl<'a> Walk<'a> {
         let empty =
             driver.starts_with("null-") || (option == "drive" && opts.get("file").is_none() && driver.is_empty());
         if !read_only && !empty && self.facts.storage == Storage::Private {
-            return Err(unsupported(format!(
-                "the disk {arg} {value}: it is writable, and private disks come next; if both hosts reach it under the same path, \
-                 set storage = \"shared\""
-            )));
+            return disk::private(self, option, arg, value);
         }
         self.files_within(option, arg, value)
     }

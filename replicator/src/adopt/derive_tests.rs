@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use umbra_api::VmId;
 
 use super::*;
-use crate::adopt::facts::{Memdev, Tap};
+use crate::adopt::facts::{BlockNode, Memdev, Tap};
 use crate::launch::ShadowRecord;
 use crate::launch::command;
 
@@ -75,6 +75,7 @@ fn facts() -> Facts {
                 bridge: Some("virbr0".into()),
             },
         ],
+        disks: vec![],
         cwd: "/home/op".into(),
         storage: Storage::Private,
     }
@@ -92,6 +93,7 @@ fn shown(spec: &ShadowSpec) -> String {
     let show = |a: &Arg| match a {
         Arg::Plain(text) => text.clone(),
         Arg::Netdev { nic, prefix, suffix } => format!("{prefix}[{nic}]{suffix}"),
+        Arg::Disk { disk, prefix, suffix } => format!("{prefix}[disk{disk}]{suffix}"),
         Arg::RunFile { prefix, file, suffix } => format!("{prefix}[{file}]{suffix}"),
     };
     spec.args.iter().map(show).collect::<Vec<_>>().join(" ")
@@ -180,6 +182,8 @@ fn a_former_shadow_yields_the_spec_that_it_came_from() {
             taps: vec!["um0123456789n0".into()],
             run_files: vec![],
             cgroup: None,
+            disks: vec![],
+            storage: None,
         };
         let mut line = vec!["/opt/qemu/qemu-system-x86_64".to_owned()];
         line.extend(command::build(&spec, &record));
@@ -230,13 +234,13 @@ fn what_cannot_be_shadowed_is_refused_with_its_reason() {
         ("-device virtio-9p-pci,fsdev=f", "shared directory"),
         ("-fsdev local,id=f,path=/srv", "shared directory"),
         ("-virtfs local,path=/srv", "shared directory"),
-        ("-drive file=/srv/a.qcow2,if=virtio", "private disks come next"),
+        ("-drive file=/srv/a.qcow2,if=virtio", "storage = \"shared\""),
         (
             r#"-blockdev {"driver":"qcow2","node-name":"d","file":"f"}"#,
             "storage = \"shared\"",
         ),
-        ("-hda /srv/a.img", "private disks come next"),
-        ("/srv/a.img", "private disks come next"),
+        ("-hda /srv/a.img", "write it as -drive"),
+        ("/srv/a.img", "write it as -drive"),
         ("-snapshot", "temporary file"),
         ("-object memory-backend-epc,id=e,size=1M", "not tried"),
         ("-object sev-guest,id=s", "not tried"),
@@ -335,6 +339,154 @@ fn shared_and_read_only_disks_are_carried() {
         "neither a URL nor a node is a file: {:?}",
         spec.files
     );
+}
+
+fn block(node: &str, device: &str, driver: &str, file: &str) -> BlockNode {
+    BlockNode {
+        node: node.into(),
+        device: device.into(),
+        driver: driver.into(),
+        file: file.into(),
+        bytes: 64 << 20,
+        read_only: false,
+    }
+}
+
+/// Options of private disks, what QEMU says of them, and what the shadow gets.
+#[test]
+fn private_disks_become_gaps() {
+    let table = [
+        (
+            "-drive file=/srv/a.qcow2,if=none,id=d0,format=qcow2 -device virtio-blk-pci,drive=d0",
+            block("#block1", "d0", "qcow2", "/srv/a.qcow2"),
+            "-drive file=[disk0],if=none,id=d0,format=qcow2",
+            "/srv/a.qcow2",
+        ),
+        // Its id is QEMU's, and its format was guessed by it: the shadow's is told.
+        (
+            "-drive if=virtio,file=a.img,cache=none",
+            block("#block2", "virtio0", "raw", "a.img"),
+            "-drive if=virtio,file=[disk0],cache=none,format=raw",
+            "/home/op/a.img",
+        ),
+        (
+            "-blockdev driver=qcow2,node-name=f,file.driver=file,file.filename=/srv/b.qcow2,discard=unmap",
+            block("f", "/machine/peripheral/disk0", "qcow2", "/srv/b.qcow2"),
+            "-blockdev driver=qcow2,node-name=f,file.driver=file,file.filename=[disk0],discard=unmap",
+            "/srv/b.qcow2",
+        ),
+        (
+            r#"-blockdev {"driver":"qcow2","node-name":"f","file":{"driver":"file","filename":"/srv/b.qcow2"},"backing":null}"#,
+            block("f", "x", "qcow2", "/srv/b.qcow2"),
+            r#"-blockdev {"backing":null,"driver":"qcow2","file":{"driver":"file","filename":"[disk0]"},"node-name":"f"}"#,
+            "/srv/b.qcow2",
+        ),
+        // libvirt's: the storage is a node of its own, and comes first.
+        (
+            r#"-blockdev {"driver":"file","filename":"/srv/c.img","node-name":"s","auto-read-only":true}
+               -blockdev {"node-name":"f","read-only":false,"driver":"raw","file":"s"}"#,
+            block("f", "x", "raw", "/srv/c.img"),
+            r#"-blockdev {"auto-read-only":true,"driver":"file","filename":"[disk0]","node-name":"s"}"#,
+            "/srv/c.img",
+        ),
+        // A device of the primary's is a file of the target's.
+        (
+            "-blockdev host_device,node-name=s,filename=/dev/vg/web",
+            block("s", "x", "host_device", "/dev/vg/web"),
+            "-blockdev file,node-name=s,filename=[disk0]",
+            "/dev/vg/web",
+        ),
+    ];
+    for (options, node, expected, path) in table {
+        let mut args = demo();
+        args.extend(line(options));
+        let disks = vec![node.clone()];
+        let spec = derive(&args, &Facts { disks, ..facts() }).expect(options).spec;
+        assert!(shown(&spec).contains(expected), "{expected}\n{}", shown(&spec));
+        let [disk] = spec.disks.as_slice() else {
+            panic!("{options}: {:?}", spec.disks)
+        };
+        assert_eq!(
+            (disk.path.as_str(), &disk.node, disk.bytes),
+            (path, &node.node, 64 << 20)
+        );
+        assert!(!spec.files.iter().any(|f| f == path), "the target needs no such file");
+        command::check(&spec).unwrap();
+    }
+}
+
+/// A former shadow's disks are the same spec again, but for where their images are.
+#[test]
+fn disks_of_a_former_shadow_are_disks_again() {
+    let mut args = demo();
+    args.extend(line(
+        r#"-drive if=virtio,file=a.img -blockdev {"driver":"qcow2","node-name":"f","file":{"driver":"file","filename":"/srv/b"}}"#,
+    ));
+    let disks = |a: &str, b: &str| vec![block("#block2", "virtio0", "raw", a), block("f", "x", "qcow2", b)];
+    let with = |disks| Facts { disks, ..facts() };
+    let first = derive(&args, &with(disks("a.img", "/srv/b"))).unwrap().spec;
+    let place = |n: usize| ["/d/0.img", "/d/1.img"][n];
+    let fill = |a: &Arg| match a {
+        Arg::Plain(text) => text.clone(),
+        Arg::Disk { disk, prefix, suffix } => format!("{prefix}{}{suffix}", place(*disk)),
+        Arg::Netdev { prefix, suffix, .. } => format!("{prefix}t0{suffix}"),
+        Arg::RunFile { prefix, file, suffix } => format!("{prefix}/r/{file}{suffix}"),
+    };
+    let args: Vec<_> = ["/usr/bin/qemu-system-x86_64".into()]
+        .into_iter()
+        .chain(first.args.iter().map(fill))
+        .collect();
+    let again = derive(&args, &with(disks(place(0), place(1)))).unwrap().spec;
+    assert_eq!(again.args, first.args);
+    assert_eq!(
+        again.disks.iter().map(|d| d.path.as_str()).collect::<Vec<_>>(),
+        ["/d/0.img", "/d/1.img"]
+    );
+}
+
+#[test]
+fn disks_that_cannot_be_copied_are_refused_with_their_reason() {
+    let nodes = || {
+        vec![
+            block("#block1", "d0", "qcow2", "/srv/a"),
+            block("f", "x", "qcow2", "/srv/b"),
+            block("v", "y", "vmdk", "/srv/v"),
+        ]
+    };
+    let table = [
+        ("-drive file=/srv/a,id=d0,snapshot=on", "temporary file"),
+        ("-drive file=/srv/a,id=d0,format=vdi", "vdi was not tried"),
+        ("-drive file=nbd://h/x,id=d0", "only files"),
+        ("-drive file=/srv/a,id=d0,backing.file.filename=/x", "backing chain"),
+        ("-drive file=/fw/VARS.fd,if=pflash", "pflash"),
+        ("-drive file=/srv/other,id=d7", "does not list it"),
+        ("-blockdev driver=throttle,node-name=t,file=f", "throttle"),
+        (
+            r#"-blockdev {"driver":"qcow2","node-name":"f","file":"nowhere"}"#,
+            "nowhere is no -blockdev",
+        ),
+        (
+            r#"-blockdev {"driver":"qcow2","node-name":"f","backing":"base","file":{"driver":"file","filename":"/srv/b"}}"#,
+            "backing chain",
+        ),
+        (
+            "-blockdev qcow2,node-name=g,file.driver=file,file.filename=/srv/g",
+            "no device",
+        ),
+        (
+            "-blockdev qcow2,node-name=f,file.driver=rbd,file.filename=x",
+            "only files",
+        ),
+        ("-uuid x", "not on the command line"),
+    ];
+    for (options, reason) in table {
+        let mut args = demo();
+        args.extend(line(options));
+        let disks = nodes();
+        let refusal = derive(&args, &Facts { disks, ..facts() }).expect_err(options);
+        assert_eq!(refusal.code, RefusalCode::Unsupported);
+        assert!(refusal.detail.contains(reason), "{options}: {}", refusal.detail);
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::tap;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
-    /// On this host: a VM with a writable disk cannot be shadowed yet.
+    /// On this host: writable disks are copied to images of the target's.
     #[default]
     Private,
     /// On storage that both hosts reach under the same paths. The images' locks pass from QEMU to QEMU at the switchover.
@@ -33,6 +33,8 @@ pub struct Facts {
     /// Ids of the devices that are plugged in now.
     pub devices: Vec<String>,
     pub taps: Vec<Tap>,
+    /// What the disks in use have inserted.
+    pub disks: Vec<BlockNode>,
     pub cwd: PathBuf,
     pub storage: Storage,
 }
@@ -44,6 +46,21 @@ pub struct Memdev {
     pub bytes: u64,
     /// Its RAM block is called by the backend's path instead of its id.
     pub by_path: bool,
+}
+
+/// What a disk of the VM's has inserted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BlockNode {
+    /// Name of the node at the top; QEMU's own (`#block123`) if it was given none.
+    pub node: String,
+    /// Id of the `-drive`, or else the path of the device.
+    pub device: String,
+    pub driver: String,
+    /// As it was given.
+    pub file: String,
+    /// As the guest sees it.
+    pub bytes: u64,
+    pub read_only: bool,
 }
 
 /// A tap that the QEMU holds open.
@@ -70,6 +87,7 @@ impl Facts {
                     format!("the taps of process {}: {e}", process.id.pid),
                 )
             })?,
+            disks: disks(qmp)?,
             cwd: process.cwd.clone(),
             storage,
         })
@@ -137,6 +155,39 @@ fn children(qmp: &Client, path: &str) -> Result<Vec<String>, QmpError> {
         }
     };
     Ok(entries.iter().filter_map(child).collect())
+}
+
+fn disks(qmp: &Client) -> Result<Vec<BlockNode>, QmpError> {
+    let devices = list(qmp, "query-block", Value::Null)?;
+    devices
+        .iter()
+        .filter(|d| d.get("inserted").is_some())
+        .map(block_node)
+        .collect()
+}
+
+fn block_node(device: &Value) -> Result<BlockNode, QmpError> {
+    let incomplete = |what| QmpError::Answer {
+        command: "query-block".into(),
+        what,
+    };
+    let inserted = &device["inserted"];
+    let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+    let name = match text(&device["device"]) {
+        id if id.is_empty() => text(&device["qdev"]),
+        id => id,
+    };
+    Ok(BlockNode {
+        node: inserted["node-name"]
+            .as_str()
+            .ok_or(incomplete("a node's name"))?
+            .to_owned(),
+        device: name,
+        driver: inserted["drv"].as_str().ok_or(incomplete("a driver"))?.to_owned(),
+        file: text(&inserted["file"]),
+        bytes: inserted["image"]["virtual-size"].as_u64().ok_or(incomplete("a size"))?,
+        read_only: inserted["ro"].as_bool().unwrap_or(true),
+    })
 }
 
 /// The taps behind a process's descriptors, with the bridges of its own network namespace.

@@ -5,6 +5,7 @@
 
 mod chardev;
 pub mod derive;
+mod disk;
 pub mod facts;
 mod netdev;
 pub mod options;

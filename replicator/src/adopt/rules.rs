@@ -23,7 +23,8 @@ pub enum Rule {
 pub const TERMINAL: &str = "its other end, a terminal or a desktop, stays on this host; use -display none, and files or unix \
                             sockets (server=on,wait=off) for consoles";
 
-const DISKS: &str = "private disks come next";
+/// A disk whose option leaves to QEMU what it is.
+pub const DISKS: &str = "write it as -drive file=…,format=…: then it can be copied";
 
 use Rule::{Carry, CarryValue, Drop, DropValue, File, Refuse, Special};
 

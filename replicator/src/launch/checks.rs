@@ -18,6 +18,11 @@ fn lacks(what: String) -> Refusal {
 
 /// The QEMU binary.
 pub fn binary(spec: &ShadowSpec, cfg: &LaunchConfig) -> Result<PathBuf, Refusal> {
+    program(&spec.binary, cfg)
+}
+
+/// One of QEMU's programs.
+pub fn program(name: &str, cfg: &LaunchConfig) -> Result<PathBuf, Refusal> {
     let dirs: Vec<PathBuf> = match &cfg.qemu_dir {
         Some(dir) => vec![dir.clone()],
         None => std::env::var_os("PATH")
@@ -26,11 +31,11 @@ pub fn binary(spec: &ShadowSpec, cfg: &LaunchConfig) -> Result<PathBuf, Refusal>
     };
     let runs = |p: &PathBuf| fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
     dirs.iter()
-        .map(|d| d.join(&spec.binary))
+        .map(|d| d.join(name))
         .find(runs)
         .ok_or_else(|| match &cfg.qemu_dir {
-            Some(dir) => lacks(format!("no {} in {}", spec.binary, dir.display())),
-            None => lacks(format!("no {} on the PATH", spec.binary)),
+            Some(dir) => lacks(format!("no {name} in {}", dir.display())),
+            None => lacks(format!("no {name} on the PATH")),
         })
 }
 

@@ -17,7 +17,7 @@ pub fn run_files(spec: &ShadowSpec) -> Vec<&str> {
         .iter()
         .filter_map(|a| match a {
             Arg::RunFile { file, .. } => Some(file.as_str()),
-            Arg::Plain(_) | Arg::Netdev { .. } => None,
+            Arg::Plain(_) | Arg::Netdev { .. } | Arg::Disk { .. } => None,
         })
         .collect()
 }
@@ -76,9 +76,19 @@ pub fn check(spec: &ShadowSpec) -> Result<(), Refusal> {
     if spec.ram.is_empty() || spec.ram.iter().any(|r| r.bytes == 0) {
         return bad("a VM without RAM".into());
     }
+    let gaps = |n: usize| {
+        spec.args
+            .iter()
+            .filter(|a| matches!(a, Arg::Disk { disk, .. } if *disk == n))
+            .count()
+    };
+    if let Some(n) = (0..spec.disks.len()).find(|n| gaps(*n) != 1) {
+        return bad(format!("disk {n} is there {} times", gaps(n)));
+    }
     for arg in &spec.args {
         match arg {
             Arg::Netdev { nic, .. } if *nic >= spec.nics.len() => return bad(format!("there is no NIC {nic}")),
+            Arg::Disk { disk, .. } if *disk >= spec.disks.len() => return bad(format!("there is no disk {disk}")),
             Arg::Plain(text) if text.contains('\0') => return bad("an argument with a zero byte".into()),
             _ => {}
         }
@@ -128,6 +138,10 @@ pub fn build(spec: &ShadowSpec, record: &ShadowRecord) -> Vec<String> {
             Arg::Netdev { nic, prefix, suffix } => {
                 let tap = record.taps.get(*nic).map(String::as_str).unwrap_or_default();
                 format!("{prefix}{tap}{suffix}")
+            }
+            Arg::Disk { disk, prefix, suffix } => {
+                let path = record.disks.get(*disk).map(|d| d.path.display().to_string());
+                format!("{prefix}{}{suffix}", path.unwrap_or_default())
             }
             Arg::RunFile { prefix, file, suffix } => format!("{prefix}{}{suffix}", record.dir.join(file).display()),
         });
@@ -190,6 +204,7 @@ mod tests {
                 tap: "t0".into(),
             }],
             files: vec![],
+            disks: vec![],
         }
     }
 
@@ -205,6 +220,8 @@ mod tests {
             taps: vec!["um1n0".into()],
             run_files: vec![],
             cgroup: None,
+            disks: vec![],
+            storage: None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Starts shadows: a QEMU over RAM files, with taps, sockets and files of its own, paused and waiting for its migration.
 //!
 //! ```text
-//!  spec ─check─> record.json ─> files, taps ─> group ─> QEMU ─> QMP: capabilities, getfd, migrate-incoming ─> Shadow
+//!  spec ─check─> record.json ─> files, taps ─> group ─> disks ─> QEMU ─> QMP: capabilities, getfd, migrate-incoming ─> Shadow
 //!                     └── any step fails: discard(record), which undoes what is there ──> Refusal
 //! ```
 //! The record is on disk before the first thing is made, and every name in it follows from the VM and the session: whatever
@@ -10,6 +10,7 @@
 
 pub mod checks;
 pub mod command;
+pub mod disks;
 pub mod process;
 
 use std::collections::BTreeMap;
@@ -63,6 +64,10 @@ pub struct LaunchConfig {
     pub bridges: BTreeMap<String, String>,
     /// The bridge of a NIC whose primary's tap is in none.
     pub default_bridge: Option<String>,
+    /// Where images of private disks are made.
+    pub disk_dir: PathBuf,
+    /// Images that an operator set aside, by the path of the primary's.
+    pub disks: BTreeMap<String, PathBuf>,
 }
 
 impl Default for LaunchConfig {
@@ -75,6 +80,8 @@ impl Default for LaunchConfig {
             cpus: None,
             bridges: BTreeMap::new(),
             default_bridge: None,
+            disk_dir: "/var/lib/umbra/disks".into(),
+            disks: BTreeMap::new(),
         }
     }
 }
@@ -97,6 +104,11 @@ pub struct ShadowRecord {
     /// The command line's files in the run directory: `serial0.log` and its path.
     pub run_files: Vec<(String, PathBuf)>,
     pub cgroup: Option<PathBuf>,
+    #[serde(default)]
+    pub disks: Vec<disks::Image>,
+    /// The daemon that fills the images.
+    #[serde(default)]
+    pub storage: Option<ProcessId>,
 }
 
 impl ShadowRecord {
@@ -123,6 +135,8 @@ impl ShadowRecord {
                 .map(|f| (f.to_owned(), dir.join(f)))
                 .collect(),
             cgroup: None,
+            disks: disks::plan(spec, cfg, vm, session),
+            storage: None,
             dir,
         }
     }
@@ -186,6 +200,7 @@ pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> 
     let bridges = checks::bridges(spec, cfg)?;
     make_dir(&cfg.ram_dir)?;
     checks::memory(spec, &cfg.ram_dir)?;
+    disks::check(&record.disks, cfg)?;
     make_dir(&cfg.run_dir)?;
     // Not made by make_dir: that it is new shows that no other shadow has this name.
     DirBuilder::new()
@@ -193,7 +208,7 @@ pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> 
         .create(&record.dir)
         .map_err(|e| local(&record.dir.display().to_string(), e))?;
     start(spec, cfg, &binary, &bridges, &mut record).inspect_err(|_| {
-        if let Err(left) = discard(&record) {
+        if let Err(left) = discard(&record, Images::Remove) {
             tracing::warn!(%vm, session, refusal = %left, "a shadow that failed to start could not be cleaned up");
         }
     })
@@ -226,6 +241,7 @@ fn start(
     record.cgroup = group.as_ref().map(|g| g.path().to_owned());
     save(record)?;
 
+    disks::start(record, cfg)?;
     let log = private_file(&record.log).map_err(|e| local(&record.log.display().to_string(), e))?;
     let args = command::build(spec, record);
     let started = process::start(binary, &args, log, cfg.cpus.as_deref())
@@ -349,15 +365,30 @@ pub fn records(cfg: &LaunchConfig) -> io::Result<Vec<ShadowRecord>> {
     Ok(found)
 }
 
+/// What becomes of the images of a shadow's disks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Images {
+    Remove,
+    /// They may be the only ones: the shadow was the VM, or nobody knows.
+    Keep,
+}
+
 /// Ends a shadow's QEMU and removes all that was made for it. What is gone already is no error; of several errors the
 /// first is told, after everything was tried.
-pub fn discard(record: &ShadowRecord) -> Result<(), Refusal> {
+pub fn discard(record: &ShadowRecord, images: Images) -> Result<(), Refusal> {
     let mut first = None;
     let mut note = |what: &str, result: io::Result<()>| match result {
         Err(e) if e.kind() != io::ErrorKind::NotFound => first = first.take().or_else(|| Some(local(what, e))),
         _ => {}
     };
     note("the shadow's QEMU", end(record));
+    note("the storage daemon", disks::end(record, KILL_TIMEOUT));
+    for image in record.disks.iter().filter(|i| i.ours) {
+        match images {
+            Images::Remove => note(&image.path.display().to_string(), fs::remove_file(&image.path)),
+            Images::Keep => tracing::warn!(vm = %record.vm, image = %image.path.display(), "the image is kept"),
+        }
+    }
     for name in &record.taps {
         note(name, tap::remove(name));
     }
@@ -400,7 +431,7 @@ fn local(what: &str, e: io::Error) -> Refusal {
     Refusal::new(RefusalCode::Local, format!("{what}: {e}"))
 }
 
-fn make_dir(path: &Path) -> Result<(), Refusal> {
+pub(crate) fn make_dir(path: &Path) -> Result<(), Refusal> {
     // A guest's memory and its consoles are nobody else's business.
     DirBuilder::new()
         .recursive(true)

@@ -69,6 +69,15 @@ fn cpu_set(cpus: &[usize]) -> io::Result<CpuSet> {
 
 /// SIGKILL, and waits for the end. A process that is gone is no error, and neither is one whose number another has now.
 pub fn kill(id: ProcessId, patience: Duration) -> io::Result<()> {
+    end_by(id, libc::SIGKILL, patience)
+}
+
+/// The same by SIGTERM: the process may close what it has open.
+pub fn terminate(id: ProcessId, patience: Duration) -> io::Result<()> {
+    end_by(id, libc::SIGTERM, patience)
+}
+
+fn end_by(id: ProcessId, signal: i32, patience: Duration) -> io::Result<()> {
     let handle = match pidfd(id.pid) {
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
         other => other?,
@@ -82,7 +91,7 @@ pub fn kill(id: ProcessId, patience: Duration) -> io::Result<()> {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             handle.as_raw_fd(),
-            libc::SIGKILL,
+            signal,
             std::ptr::null::<libc::siginfo_t>(),
             0,
         )

@@ -65,6 +65,17 @@ impl Control {
         Ok(link.writer)
     }
 
+    /// Opens the connection of a disk.
+    pub fn attach_disk(to: &Target<'_>, times: Timeouts, session: u64, disk: usize) -> Result<Link, Refusal> {
+        let mut link = to.connect(Purpose::Disk, times)?;
+        link.set_timeouts(None, Some(times.silence))
+            .map_err(|e| unreachable(&e))?;
+        link.writer
+            .send_message(&Message::AttachDisk { session, disk })
+            .map_err(|e| unreachable(&e))?;
+        Ok(link)
+    }
+
     /// Asks on a connection of its own, and waits for one answer.
     pub fn ask(to: &Target<'_>, times: Timeouts, question: &Message) -> Result<(Link, Message), Refusal> {
         let mut link = open(to, times, question, times.silence)?;

@@ -44,8 +44,9 @@ pub struct Migration {
 }
 
 impl Migration {
-    /// Starts the held migration. Its stream is read from the second value.
-    pub fn start(qmp: &Client, events: &Sender<Event>) -> Result<(Self, UnixStream), QmpError> {
+    /// Starts the held migration. Its stream is read from the second value. `pause`: QEMU waits with the stopped guest, before
+    /// it gives its disks away, until it is told to [`Migration::go_on`].
+    pub fn start(qmp: &Client, events: &Sender<Event>, pause: bool) -> Result<(Self, UnixStream), QmpError> {
         let set = |name: &str, on: bool| json!({"capability": name, "state": on});
         qmp.execute(
             "migrate-set-capabilities",
@@ -53,6 +54,10 @@ impl Migration {
         )?;
         let on = ["events", "return-path", "switchover-ack"].map(|c| set(c, true));
         qmp.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
+        if pause {
+            let pause = json!({"capabilities": [set("pause-before-switchover", true)]});
+            qmp.execute("migrate-set-capabilities", pause)?;
+        }
         let parameters = json!({
             "max-bandwidth": MAX_BANDWIDTH,
             "avail-switchover-bandwidth": SWITCHOVER_BANDWIDTH,
@@ -81,6 +86,12 @@ impl Migration {
     /// Lets QEMU stop the guest as soon as it has converged.
     pub fn acknowledge(&self) -> io::Result<()> {
         (&self.socket).write_all(&return_path::switchover_ack())
+    }
+
+    /// The disks are equal on both sides: out with the device state.
+    pub fn go_on(&self) -> Result<(), QmpError> {
+        let state = json!({"state": "pre-switchover"});
+        self.qmp.execute("migrate-continue", state).map(|_| ())
     }
 
     /// The other side has taken over: QEMU ends in `postmigrate`, and does not run the guest again by itself.
@@ -119,7 +130,8 @@ fn off_capabilities(qmp: &Client) -> Result<Vec<Value>, QmpError> {
         .collect())
 }
 
-/// `query-migrate`'s status once it says completed, failed or cancelled, or that there is no migration.
+/// `query-migrate`'s status once it says completed, failed or cancelled, or that there is no migration. One that waits in
+/// `pre-switchover` would do so for ever, its socket closed or not, with the guest stopped: it is cancelled, and the guest runs on.
 pub fn wait_terminal(qmp: &Client, timeout: Duration) -> Result<String, QmpError> {
     let deadline = Instant::now() + timeout;
     loop {
@@ -127,6 +139,9 @@ pub fn wait_terminal(qmp: &Client, timeout: Duration) -> Result<String, QmpError
         let status = info["status"].as_str().unwrap_or("none").to_owned();
         if matches!(status.as_str(), "none" | "completed" | "failed" | "cancelled") {
             return Ok(status);
+        }
+        if status == "pre-switchover" {
+            qmp.execute("migrate_cancel", Value::Null)?;
         }
         if Instant::now() > deadline {
             return Err(QmpError::Timeout {
@@ -160,6 +175,7 @@ fn told(name: &str, data: &Value, unix_us: i64) -> Option<(Event, bool)> {
                 Event::Input(Input::MigrationFailed(format!("QEMU says that the migration {status}"))),
                 true,
             )),
+            "pre-switchover" => Some((Event::PreSwitchover, false)),
             _ => None,
         },
         _ => None,

@@ -1,11 +1,12 @@
 //! The side on which the VM runs: adopts the primary, seeds and holds its shadow, and hands it over.
 //!
 //! [`machine`] decides, [`session`] drives it and owns the thread, [`migration`] is QEMU's part, [`pump`] carries the
-//! pages, [`control`] talks to the target.
+//! pages, [`mirror`] copies private disks, [`control`] talks to the target.
 
 pub mod control;
 pub mod machine;
 pub mod migration;
+pub mod mirror;
 pub mod pump;
 pub mod session;
 

@@ -15,6 +15,7 @@ use umbra_api::{Epoch, HostId, VmId};
 use super::control::{Control, Target, Timeouts};
 use super::machine::{Action, Durable, Input, Machine, State};
 use super::migration::{Migration, Primary, ask_primary};
+use super::mirror::{self, Mirrors, News, Way};
 use super::pump::{Pump, Shared};
 use crate::engine::{Core, unix_ms};
 use crate::pacing::{Round, Settings};
@@ -43,6 +44,13 @@ pub enum Event {
     /// The guest was stopped, by QEMU's clock.
     Stopped {
         unix_us: i64,
+    },
+    /// The guest is stopped, and QEMU waits to be told to go on.
+    PreSwitchover,
+    /// Of a mirror.
+    Disk {
+        disk: usize,
+        news: News,
     },
     GuestShutdown,
     QmpClosed,
@@ -105,6 +113,9 @@ pub struct Session {
     events: Receiver<Event>,
     qmp: Option<Client>,
     migration: Option<Migration>,
+    mirrors: Option<Mirrors>,
+    /// The first full pass is in the shadow's RAM.
+    seeded: bool,
     pump: Arc<Shared>,
     control: Option<Control>,
     generation: u64,
@@ -147,6 +158,7 @@ impl Session {
             tier: None,
             progress: Progress::default(),
             report: plan.report,
+            disks: Vec::new(),
             error: None,
         };
         let now = Instant::now();
@@ -159,6 +171,8 @@ impl Session {
             events,
             qmp,
             migration: None,
+            mirrors: None,
+            seeded: false,
             pump: Arc::default(),
             control: None,
             generation: 0,
@@ -214,9 +228,9 @@ impl Session {
         }
     }
 
-    /// Hello, ram connection, migration, in the order in which they can still be refused at no cost for the guest.
+    /// Hello, ram connection, mirrors, migration, in the order in which they can still be refused at no cost for the guest.
     fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
-        let plan = &self.plan;
+        let (plan, disks) = (&self.plan, spec.disks.clone());
         let hello = Message::Hello {
             vm: plan.vm,
             name: plan.name.clone(),
@@ -236,7 +250,15 @@ impl Session {
             .qmp
             .clone()
             .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
-        let (migration, socket) = Migration::start(&qmp, &self.sender)?;
+        let way = Way {
+            dir: &self.core.config.run_dir,
+            qemu: plan.process,
+            connect: &|disk| Control::attach_disk(&self.target(), self.times(), session, disk),
+        };
+        let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
+        let pause = !mirrors.is_empty();
+        self.mirrors = Some(mirrors);
+        let (migration, socket) = Migration::start(&qmp, &self.sender, pause)?;
         self.migration = Some(migration);
         let pump = Pump {
             socket,
@@ -268,6 +290,14 @@ impl Session {
         let (machine, actions) = Machine::resume(durable, primary == Primary::Stopped, primary == Primary::Gone);
         self.machine = machine;
         self.perform(actions);
+        // Behind what lets the guest run on: what is left of mirrors is in nobody's way.
+        if let Some(qmp) = self
+            .qmp
+            .as_ref()
+            .filter(|_| !matches!(durable, Durable::HandedOver { .. }))
+        {
+            mirror::sweep(qmp);
+        }
         self.publish();
     }
 
@@ -283,6 +313,9 @@ impl Session {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.tick(Instant::now());
+        }
+        if let Some(mut mirrors) = self.mirrors.take() {
+            mirrors.undo();
         }
         self.publish();
     }
@@ -309,6 +342,18 @@ impl Session {
                 self.times.stopped = Some(Instant::now());
                 self.times.stopped_unix_us = unix_us;
             }
+            Event::PreSwitchover => self.pre_switchover(),
+            Event::Disk { disk, news } => {
+                let heard = self.mirrors.as_mut().map_or(Ok(()), |m| m.heard(disk, news));
+                match heard {
+                    Ok(()) => {
+                        // A warm shadow's figures are there with its phase.
+                        self.ask_disks();
+                        self.maybe_seeded();
+                    }
+                    Err(refusal) => self.input(Input::Failed(refusal)),
+                }
+            }
             Event::GuestShutdown => tracing::info!(vm = %self.plan.vm, "the guest shuts down"),
             Event::QmpClosed => self.qmp_closed(),
             Event::Said { message, generation } if generation == self.generation => self.said(message),
@@ -318,6 +363,32 @@ impl Session {
             }
             // From a connection that was replaced.
             Event::Said { .. } | Event::ControlLost { .. } => {}
+        }
+    }
+
+    /// Warm is a shadow that has both, memory and disks.
+    fn maybe_seeded(&mut self) {
+        if self.seeded && self.mirrors.as_ref().is_none_or(Mirrors::are_ready) && self.machine.state == State::Seeding {
+            self.input(Input::Seeded);
+        }
+    }
+
+    /// The guest is stopped and its writes are drained: makes the disks equal, and lets QEMU go on.
+    fn pre_switchover(&mut self) {
+        if !matches!(self.machine.state, State::Stopping { .. }) {
+            let why = "the migration came to its end unasked: somebody stopped the VM";
+            return self.input(Input::MigrationFailed(why.into()));
+        }
+        let deadline = self.give_up_at.unwrap_or_else(Instant::now);
+        let began = Instant::now();
+        let equal = self.mirrors.as_mut().map_or(Ok(()), |m| m.finish(deadline));
+        self.report.disks_us = began.elapsed().as_micros() as u64;
+        let went = equal.and_then(|()| match self.migration.as_ref().map(Migration::go_on) {
+            Some(Err(e)) => Err(e.into()),
+            _ => Ok(()),
+        });
+        if let Err(refusal) = went {
+            self.input(Input::Failed(refusal));
         }
     }
 
@@ -363,7 +434,10 @@ impl Session {
 
     fn said(&mut self, message: Message) {
         match message {
-            Message::RoundDone { round: 0 } => self.input(Input::Seeded),
+            Message::RoundDone { round: 0 } => {
+                self.seeded = true;
+                self.maybe_seeded();
+            }
             Message::RoundDone { .. } | Message::Pong { .. } => {}
             Message::Prepared { epoch, load_us } => {
                 self.times.prepared = Some(Instant::now());
@@ -434,8 +508,15 @@ impl Session {
             }
             Action::Abandon => {
                 self.give_up_at = None;
+                // First: with its disks' sockets closed, nothing in QEMU waits for the link.
+                if let Some(mirrors) = self.mirrors.as_mut() {
+                    mirrors.cut();
+                }
                 if let Some(Err(why)) = self.migration.take().map(|m| m.abandon()) {
                     tracing::error!(vm = %self.plan.vm, "the migration's end is not known: {why}");
+                }
+                if let Some(mut mirrors) = self.mirrors.take() {
+                    mirrors.undo();
                 }
                 None
             }
@@ -539,7 +620,17 @@ impl Session {
             {
                 self.input(lost);
             }
+            self.ask_disks();
             self.publish();
+        }
+    }
+
+    fn ask_disks(&mut self) {
+        if let State::Seeding | State::Standby = self.machine.state
+            && let Some(mirrors) = self.mirrors.as_mut().filter(|m| !m.is_empty())
+        {
+            let disks = mirrors.progress();
+            self.status.lock().unwrap_or_else(PoisonError::into_inner).disks = disks;
         }
     }
 

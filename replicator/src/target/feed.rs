@@ -8,8 +8,10 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use umbra_api::HostId;
 use umbra_api::wire::WireError;
 use umbra_api::wire::frame::{Kind, RoundEnd};
@@ -18,6 +20,7 @@ use umbra_api::wire::setup::StreamSetup;
 use super::machine::Input;
 use super::session::Event;
 use crate::encode::{ApplyError, Decoder};
+use crate::launch::{ShadowRecord, disks};
 use crate::link::{FrameReader, LinkError, ReadHalf};
 use crate::qmp::{Client, Mark, QmpError};
 use crate::ram::{RamError, RamFile, ShadowRam};
@@ -84,19 +87,22 @@ pub struct Feed {
     /// Before the migration began.
     pub mark: Mark,
     pub events: Sender<Event>,
+    /// Has private disks, whose daemon must have closed them before the shadow may have them.
+    pub record: ShadowRecord,
 }
 
 impl Feed {
     /// Runs until the shadow has loaded, or the connection ends.
     pub fn run(self, mut reader: FrameReader<ReadHalf>) {
         let events = self.events.clone();
-        let (qmp, mark) = (self.qmp.clone(), self.mark);
+        let (qmp, mark, record) = (self.qmp.clone(), self.mark, self.record.clone());
         let mut intake = Intake {
             feed: self,
             decoder: None,
             shadow: None,
             seeded: false,
             finished: false,
+            closing: None,
         };
         let tell = |input| {
             // The driver may be gone: then the session is over, and nobody needs to know.
@@ -110,10 +116,14 @@ impl Feed {
             }
         }
         let streamed = Instant::now();
+        // Closed while the device state came; before 'streamed' leads to 'prepared', it is certain.
+        if let Some(Err(why)) = intake.closing.take().map(Closing::wait) {
+            return tell(Input::LinkLost(format!("the disks' daemon does not end: {why}")));
+        }
         tell(Input::Streamed);
         // The maps are not needed any more; QEMU has its own.
         drop(intake.shadow.take());
-        match loaded(&qmp, mark) {
+        match loaded(&qmp, mark).and_then(|()| activate(&qmp, &record)) {
             Ok(()) => {
                 let _ = events.send(Event::Loaded {
                     load_us: streamed.elapsed().as_micros() as u64,
@@ -133,6 +143,24 @@ struct Intake {
     seeded: bool,
     /// The end of RAM was fed: only device state may follow.
     finished: bool,
+    closing: Option<Closing>,
+}
+
+/// The end of the daemon that had the disks, which takes its time beside the device state.
+struct Closing(JoinHandle<io::Result<()>>);
+
+impl Closing {
+    fn begin(record: ShadowRecord) -> io::Result<Self> {
+        let thread = std::thread::Builder::new().name("disks-close".into());
+        thread.spawn(move || disks::stop(&record)).map(Self)
+    }
+
+    fn wait(self) -> Result<(), String> {
+        match self.0.join() {
+            Ok(ended) => ended.map_err(|e| e.to_string()),
+            Err(_) => Err("its thread panicked".into()),
+        }
+    }
 }
 
 impl Intake {
@@ -169,7 +197,7 @@ impl Intake {
                 self.write(payload)?;
             }
             Kind::StreamEnd if self.finished => return Ok(true),
-            Kind::StreamEnd | Kind::Control => {
+            Kind::StreamEnd | Kind::Control | Kind::Disk => {
                 return Err(FeedError::Order {
                     kind,
                     when: "out of place",
@@ -235,12 +263,28 @@ impl Intake {
         }
         let rest = synth.finish(ram);
         self.finished = true;
+        // The source sends device state only when all of its disks' bytes were answered.
+        if !self.feed.record.disks.is_empty() {
+            self.closing = Some(Closing::begin(self.feed.record.clone()).map_err(FeedError::Qemu)?);
+        }
         self.write(&rest)
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), FeedError> {
         let mut qemu = File::from(self.feed.incoming.try_clone().map_err(FeedError::Qemu)?);
         qemu.write_all(bytes).map_err(FeedError::Qemu)
+    }
+}
+
+/// Makes the images the shadow's, so that a 'prepared' one can't fail to get them at `cont`. Before QEMU 10 `cont` does it.
+fn activate(qmp: &Client, record: &ShadowRecord) -> Result<(), String> {
+    if record.disks.is_empty() {
+        return Ok(());
+    }
+    match qmp.execute("blockdev-set-active", json!({"active": true})) {
+        Ok(_) => Ok(()),
+        Err(QmpError::Qemu { class, .. }) if class == "CommandNotFound" => Ok(()),
+        Err(e) => Err(format!("the shadow can't have its disks: {e}")),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The door of the link: accepts connections from other replicators and brings each to its session.
 
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
@@ -14,6 +15,7 @@ use umbra_api::wire::control::Message;
 use super::session::{Event, Reply};
 use crate::engine::{Engine, Hello};
 use crate::link::{self, FrameReader, Identity, Link, LinkError, ReadHalf};
+use crate::tunnel;
 
 /// A stranger that connects and says nothing is not waited for.
 const FIRST_WORD: Duration = Duration::from_secs(5);
@@ -78,6 +80,10 @@ fn serve(engine: &Arc<Engine>, stream: TcpStream, stranger: Stranger) {
             Purpose::Control => control(engine, link, first),
             Purpose::Ram => {
                 ram(engine, link, &first);
+                Ok(())
+            }
+            Purpose::Disk => {
+                disk(engine, link, &first);
                 Ok(())
             }
         }
@@ -190,5 +196,28 @@ fn hear(mut reader: FrameReader<ReadHalf>, reply: &Reply, events: &Sender<Event>
         if events.send(event).is_err() || over {
             return;
         }
+    }
+}
+
+/// Joins a source's disk connection with the daemon that writes the shadow's images.
+fn disk(engine: &Arc<Engine>, link: Link, first: &Message) {
+    let peer = link.peer().to_owned();
+    let Message::AttachDisk { session, disk } = first else {
+        tracing::warn!(peer, "a disk connection can't open with {first:?}");
+        return;
+    };
+    let (session, disk) = (*session, *disk);
+    let path = match engine.disk_socket(session, disk, &link.identity) {
+        Ok(path) => path,
+        Err(why) => return tracing::warn!(peer, session, disk, "{why}"),
+    };
+    let carried = link
+        .set_timeouts(None, Some(engine.silence()))
+        .map_err(|e| crate::chain(&e))
+        .and_then(|()| UnixStream::connect(&path).map_err(|e| format!("{}: {e}", path.display())))
+        .and_then(|daemon| tunnel::carry(daemon, link));
+    match carried {
+        Ok(()) => tracing::debug!(peer, session, disk, "the disk's connection ended"),
+        Err(why) => tracing::warn!(peer, session, disk, "the disk's connection ends: {why}"),
     }
 }

@@ -14,7 +14,7 @@ use umbra_api::{Epoch, HostId, VmId};
 
 use super::machine::{self, Action, Durable, Input, Machine, State};
 use crate::engine::{Core, unix_ms};
-use crate::launch::{self, Shadow, ShadowRecord};
+use crate::launch::{self, Images, Shadow, ShadowRecord};
 use crate::link::{FrameWriter, WriteHalf};
 use crate::qmp::Client;
 
@@ -110,6 +110,8 @@ pub struct Session {
     load_us: u64,
     resumed: (i64, u64),
     left: bool,
+    /// The shadow was told to run, or may have been: its disks' images may be the only ones.
+    ran: bool,
     progress: Progress,
 }
 
@@ -120,11 +122,11 @@ impl Session {
         Self::spawn(
             core,
             plan,
-            machine,
-            Vec::new(),
+            (machine, Vec::new()),
             shadow.record.clone(),
             Some(shadow.qmp.clone()),
             Some(control),
+            false,
         )
     }
 
@@ -137,18 +139,20 @@ impl Session {
         qmp: Option<Client>,
     ) -> std::io::Result<Handle> {
         let shadow = ask(&record, qmp.as_ref());
-        let (machine, actions) = Machine::resume(durable, plan.epoch, shadow);
-        Self::spawn(core, plan, machine, actions, record, qmp, None)
+        let begin = Machine::resume(durable, plan.epoch, shadow);
+        // 'Prepared' on disk and gone: the commit may have come, and its record not.
+        let ran = matches!(durable, Durable::Running { .. } | Durable::Prepared { .. });
+        Self::spawn(core, plan, begin, record, qmp, None, ran)
     }
 
     fn spawn(
         core: Arc<Core>,
         plan: Plan,
-        machine: Machine,
-        actions: Vec<Action>,
+        (machine, actions): (Machine, Vec<Action>),
         record: ShadowRecord,
         qmp: Option<Client>,
         control: Option<Reply>,
+        ran: bool,
     ) -> std::io::Result<Handle> {
         let (sender, events) = channel();
         let status = ReplicaStatus {
@@ -162,6 +166,7 @@ impl Session {
             tier: None,
             progress: Progress::default(),
             report: None,
+            disks: Vec::new(),
             error: None,
         };
         if let Some(qmp) = &qmp {
@@ -182,6 +187,7 @@ impl Session {
             load_us: 0,
             resumed: (0, 0),
             left: false,
+            ran,
             progress: Progress::default(),
         };
         let status = session.status.clone();
@@ -359,6 +365,7 @@ impl Session {
             return Some(Input::ShadowGone);
         };
         self.lift();
+        self.ran = true;
         let (mark, started) = (qmp.mark(), Instant::now());
         if let Err(e) = qmp.execute("cont", Value::Null) {
             tracing::error!(vm = %self.plan.vm, "cont: {e}");
@@ -410,7 +417,8 @@ impl Session {
 
     fn discard(&mut self) {
         self.qmp = None;
-        match launch::discard(&self.record) {
+        let images = if self.ran { Images::Keep } else { Images::Remove };
+        match launch::discard(&self.record, images) {
             Ok(()) => {
                 let forgotten = self.core.journal.update(self.plan.vm, |r| {
                     if let Some(t) = r.target.as_mut() {

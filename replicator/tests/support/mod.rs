@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use umbra_api::VmId;
-use umbra_replicator::launch::{LaunchConfig, ShadowRecord, discard, records};
+use umbra_replicator::launch::{Images, LaunchConfig, ShadowRecord, discard, records};
 use umbra_replicator::qmp::Client;
 use umbra_replicator::{tap, tier};
 
@@ -82,6 +82,7 @@ impl Site {
         let cfg = LaunchConfig {
             run_dir: dir.path().join("run"),
             ram_dir: ram.join("ram"),
+            disk_dir: dir.path().join("disks"),
             cgroup: Some(CGROUP.into()),
             ..LaunchConfig::default()
         };
@@ -98,14 +99,14 @@ impl Site {
 
     pub fn is_clean(&self) -> bool {
         let empty = |p: &Path| std::fs::read_dir(p).map_or(true, |mut d| d.next().is_none());
-        empty(&self.cfg.run_dir) && empty(&self.cfg.ram_dir)
+        empty(&self.cfg.run_dir) && empty(&self.cfg.ram_dir) && empty(&self.cfg.disk_dir)
     }
 }
 
 impl Drop for Site {
     fn drop(&mut self) {
         for record in records(&self.cfg).unwrap_or_default() {
-            let _ = discard(&record);
+            let _ = discard(&record, Images::Remove);
         }
         let _ = std::fs::remove_dir_all(&self.ram);
         // Stays as long as another test has a group in it.

@@ -399,6 +399,7 @@ fn status(vm: VmId, role: Role, r: &Replica) -> ReplicaStatus {
             ..Progress::default()
         },
         report: r.report,
+        disks: Vec::new(),
         error: r.error.clone(),
     }
 }

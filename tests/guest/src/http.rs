@@ -202,7 +202,7 @@ mod tests {
     use crate::schedule::Schedule;
 
     fn state() -> State {
-        State::new(Burner::new(Schedule::idle()), Work::calibrate(1), 0)
+        State::new(Burner::new(Schedule::idle()), Work::calibrate(1), 0, &[])
     }
 
     /// A client that sends byte by byte, so that every border inside a request is met.

@@ -1,13 +1,16 @@
 //! The test guest's only program, PID 1 of a Linux without anything else. It is made so that a memory which is not exactly the
 //! primary's, down to a page, is noticed in the guest and told on its console. See `options.rs` for what it can be asked at boot.
 //!
-//! Console: `C <ticks> err=<faults> t=<ms since boot> dirty=<pages written>`, one line a tick; `E …` describes a fault.
+//! Console: `C <ticks> err=<faults> t=<ms since boot> dirty=<pages written>`, one line a tick; `D <disk> <records acknowledged>`,
+//! one a disk and tick; `E …` describes a fault.
 
 mod burn;
+mod disk;
 mod http;
 mod keeper;
 mod options;
 mod pattern;
+mod record;
 mod schedule;
 mod state;
 mod sys;
@@ -43,9 +46,11 @@ fn main() {
         Burner::new(options.burn.clone()),
         Work::calibrate(options.work_us),
         options.dirty_pages_per_s,
+        &options.disks,
     ));
     start_services(&state);
     start_pattern(&options, &state);
+    start_disks(&options, &state);
     say("UP");
     tick(&state, Duration::from_millis(options.tick_ms));
 }
@@ -129,6 +134,17 @@ fn start_pattern(options: &Options, state: &Arc<State>) {
     }
 }
 
+fn start_disks(options: &Options, state: &Arc<State>) {
+    for n in 0..state.disks.len() {
+        let (state, rate) = (state.clone(), options.disk_records_per_s);
+        spawn("disk", move || {
+            if let Some(disk) = state.disks.get(n) {
+                disk::run(disk, rate, &state);
+            }
+        });
+    }
+}
+
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
     if let Err(error) = std::thread::Builder::new()
         .name(name.into())
@@ -152,6 +168,9 @@ fn tick(state: &State, every: Duration) -> ! {
     let mut next = Instant::now();
     loop {
         say(&state.console_line());
+        for disk in &state.disks {
+            say(&format!("D {} {}", disk.name, disk.acknowledged.load(Relaxed)));
+        }
         state.counter.fetch_add(1, Relaxed);
         // Ticks that a stopped guest missed are not made up for.
         next = (next + every).max(Instant::now());

@@ -21,6 +21,9 @@ pub struct Options {
     pub tick_ms: u64,
     pub burn: Schedule,
     pub work_us: u64,
+    /// Names of disks to write journals on: `vda`.
+    pub disks: Vec<String>,
+    pub disk_records_per_s: u64,
 }
 
 impl Default for Options {
@@ -33,6 +36,8 @@ impl Default for Options {
             tick_ms: 100,
             burn: Schedule::idle(),
             work_us: 2000,
+            disks: Vec::new(),
+            disk_records_per_s: 50,
         }
     }
 }
@@ -63,9 +68,18 @@ impl Options {
             "tick_ms" => self.tick_ms = number(value)?.clamp(1, 60_000),
             "burn" => self.burn = value.parse()?,
             "work_us" => self.work_us = number(value)?.min(10_000_000),
+            "disk" => self.disks = value.split(',').map(disk).collect::<Result<_, _>>()?,
+            "disk_rate" => self.disk_records_per_s = number(value)?.clamp(1, 10_000),
             _ => return Err("unknown option".into()),
         }
         Ok(())
+    }
+}
+
+fn disk(name: &str) -> Result<String, String> {
+    match !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric()) {
+        true => Ok(name.to_owned()),
+        false => Err(format!("{name:?} is no name of a disk")),
     }
 }
 
@@ -92,7 +106,7 @@ mod tests {
     #[test]
     fn reads_every_option() {
         let line = "console=ttyS0 umbra.ip=10.99.0.2/16 umbra.gw=10.99.0.1 umbra.pattern=64 umbra.dirty=1000 \
-                    umbra.tick_ms=50 umbra.burn=0:0.5 umbra.work_us=300";
+                    umbra.tick_ms=50 umbra.burn=0:0.5 umbra.work_us=300 umbra.disk=vda,sda umbra.disk_rate=200";
         let (options, complaints) = Options::parse(line);
         assert!(complaints.is_empty(), "{complaints:?}");
         assert_eq!(
@@ -106,13 +120,17 @@ mod tests {
             (1000, 50, 300)
         );
         assert_eq!(options.burn.share_at(1.0), 0.5);
+        assert_eq!(
+            (options.disks.join(" ").as_str(), options.disk_records_per_s),
+            ("vda sda", 200)
+        );
     }
 
     #[test]
     fn bad_values_are_told_and_defaults_kept() {
         let (options, complaints) =
-            Options::parse("umbra.dirty=many umbra.colour=red umbra.ip=10.0.0.1/99 umbra.tick_ms=0");
-        assert_eq!(complaints.len(), 3);
+            Options::parse("umbra.dirty=many umbra.colour=red umbra.disk=../mem umbra.ip=10.0.0.1/99 umbra.tick_ms=0");
+        assert_eq!(complaints.len(), 4);
         assert_eq!(
             options,
             Options {

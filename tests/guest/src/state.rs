@@ -5,6 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::burn::{Burner, Work};
 use crate::sys;
 
+/// A disk with a journal.
+pub struct Disk {
+    pub name: String,
+    /// The last record that fdatasync has confirmed.
+    pub acknowledged: AtomicU64,
+}
+
 pub struct State {
     /// Ticks since boot.
     pub counter: AtomicU64,
@@ -15,10 +22,11 @@ pub struct State {
     pub dirty_pages_per_s: AtomicU64,
     pub burner: Burner,
     pub work: Work,
+    pub disks: Vec<Disk>,
 }
 
 impl State {
-    pub fn new(burner: Burner, work: Work, dirty_pages_per_s: u64) -> Self {
+    pub fn new(burner: Burner, work: Work, dirty_pages_per_s: u64, disks: &[String]) -> Self {
         State {
             counter: AtomicU64::new(0),
             errors: AtomicU64::new(0),
@@ -28,6 +36,7 @@ impl State {
             dirty_pages_per_s: AtomicU64::new(dirty_pages_per_s),
             burner,
             work,
+            disks: disks.iter().map(|name| disk(name)).collect(),
         }
     }
 
@@ -42,8 +51,10 @@ impl State {
     }
 
     pub fn json(&self) -> String {
+        let disk = |d: &Disk| format!(r#""{}":{}"#, d.name, d.acknowledged.load(Relaxed));
+        let disks: Vec<_> = self.disks.iter().map(disk).collect();
         format!(
-            r#"{{"counter":{},"errors":{},"dirty_pages":{},"pattern_pages":{},"scrubbed_pages":{},"uptime_ms":{},"burn":{:.4}}}"#,
+            r#"{{"counter":{},"errors":{},"dirty_pages":{},"pattern_pages":{},"scrubbed_pages":{},"uptime_ms":{},"burn":{:.4},"disks":{{{}}}}}"#,
             self.counter.load(Relaxed),
             self.errors.load(Relaxed),
             self.dirty_pages.load(Relaxed),
@@ -51,6 +62,14 @@ impl State {
             self.scrubbed_pages.load(Relaxed),
             sys::uptime().as_millis(),
             self.burner.share(),
+            disks.join(","),
         )
+    }
+}
+
+fn disk(name: &str) -> Disk {
+    Disk {
+        name: name.to_owned(),
+        acknowledged: AtomicU64::new(0),
     }
 }

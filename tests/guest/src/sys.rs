@@ -89,6 +89,17 @@ pub fn anonymous_words(words: usize) -> io::Result<&'static mut [u64]> {
     Ok(unsafe { std::slice::from_raw_parts_mut(address.cast::<u64>(), words) })
 }
 
+/// The bytes of words, as they lie in memory.
+pub fn bytes_of(words: &[u64]) -> &[u8] {
+    // SAFETY: a u64 has no padding, and any alignment suits a u8; the length in bytes is that of the words.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words)) }
+}
+
+pub fn bytes_of_mut(words: &mut [u64]) -> &mut [u8] {
+    // SAFETY: as above, and any bytes are valid words; the borrow is exclusive.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }
+}
+
 /// A datagram socket to configure interfaces by.
 pub struct Interfaces(std::os::fd::OwnedFd);
 

@@ -148,12 +148,13 @@ fn agent_toml(host: &Host, rps: &Host) -> String {
 fn replicator_toml(host: &Host, tables: &str) -> Result<String> {
     Ok(format!(
         "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\
-         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\n{tables}",
+         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\ndisk_dir = \"{}\"\n{tables}",
         host.name,
         host.folder("state")?.display(),
         host.folder("run")?.display(),
         host.ram_folder()?.display(),
         host.cpu_group()?,
+        host.folder("disks")?.display(),
         ip = host.ip,
     ))
 }

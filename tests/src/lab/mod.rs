@@ -13,7 +13,7 @@
 //! does not remove (processes, cgroups, folders) is in the [`ledger`] before it exists, and goes on drop, on panic, on
 //! SIGINT and SIGTERM, and at the next lab's start if this process was killed hard.
 //!
-//! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`vm`],
+//! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`], [`vm`],
 //! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`copies`] (which QEMU runs a VM),
 //! [`pair`] (two hosts, a VM, and orders without an RPS).
 
@@ -21,6 +21,7 @@ pub mod client;
 pub mod copies;
 pub mod cpuset;
 pub mod daemons;
+pub mod disk;
 pub mod host;
 pub mod http;
 pub mod ledger;

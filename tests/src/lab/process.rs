@@ -111,3 +111,14 @@ pub fn wait_for<T>(what: &str, within: Duration, mut ready: impl FnMut() -> Resu
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// Runs a program to its end; an error carries what it said.
+pub fn output(cmd: &mut std::process::Command) -> Result<Vec<u8>> {
+    let out = cmd
+        .output()
+        .with_context(|| format!("starting {:?}", cmd.get_program()))?;
+    match out.status.success() {
+        true => Ok(out.stdout),
+        false => bail!("{cmd:?}: {}", String::from_utf8_lossy(&out.stderr).trim()),
+    }
+}

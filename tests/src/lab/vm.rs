@@ -1,5 +1,6 @@
 //! A test guest in a QEMU: how it is started, and what it tells.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +11,7 @@ use serde::Deserialize;
 use umbra_api::VmId;
 
 use super::daemons::target_dir;
+use super::disk::{self, DiskSpec};
 use super::host::Host;
 use super::process::{Process, wait_for};
 use super::qmp::Qmp;
@@ -62,6 +64,8 @@ pub struct VmSpec {
     pub work_us: u32,
     /// MiB under the self-checking pattern; most of the RAM if `None`. Verifying it costs CPU too.
     pub pattern_mib: Option<u32>,
+    /// The guest writes a journal on each.
+    pub disks: Vec<DiskSpec>,
 }
 
 impl VmSpec {
@@ -79,6 +83,7 @@ impl VmSpec {
             dirty: 200,
             work_us: 1000,
             pattern_mib: None,
+            disks: Vec::new(),
         }
     }
 
@@ -93,9 +98,13 @@ impl VmSpec {
     /// What the guest is told on its kernel's command line.
     fn append(&self) -> String {
         let pattern = self.pattern_mib.map_or_else(|| "auto".to_owned(), |m| m.to_string());
+        let disks = match self.disks.as_slice() {
+            [] => String::new(),
+            some => format!(" umbra.disk={}", disk::names(some).join(",")),
+        };
         format!(
             "console=ttyS0 quiet panic=-1 umbra.ip={}/24 umbra.pattern={pattern} umbra.dirty={} umbra.tick_ms=100 \
-             umbra.work_us={}",
+             umbra.work_us={}{disks}",
             self.ip, self.dirty, self.work_us
         )
     }
@@ -145,6 +154,7 @@ impl Vm {
             .args(["-serial", &format!("file:{}", serial.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", watch.display())]);
+        cmd.args(disk::arguments(&spec.disks, |n| image_of(host, &spec.name, n))?);
         let process = host.spawn(&spec.name, cmd)?;
         Ok(Self {
             spec: spec.clone(),
@@ -171,6 +181,11 @@ impl Vm {
     }
 }
 
+/// A disk's image, on the host where the guest was started.
+pub fn image_of(host: &Host, vm: &str, disk: usize) -> PathBuf {
+    host.file(&format!("{vm}-{disk}.img"))
+}
+
 /// `GET /stats` of a guest.
 #[derive(Clone, PartialEq, Debug, Deserialize)]
 pub struct Stats {
@@ -179,6 +194,9 @@ pub struct Stats {
     pub dirty_pages: u64,
     pub pattern_pages: u64,
     pub scrubbed_pages: u64,
+    /// Acknowledged records of each disk's journal.
+    #[serde(default)]
+    pub disks: BTreeMap<String, u64>,
 }
 
 pub fn stats(from: &Host, ip: Ipv4Addr) -> Result<Stats> {

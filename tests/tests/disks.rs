@@ -1,0 +1,320 @@
+//! Private disks go with the VM, on real QEMUs: whatever the guest was told to be on its disk is there where it runs.
+//!
+//! The guest writes a journal on each disk and counts a record when fdatasync has confirmed it; here the images are read.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use umbra_api::order::OrderKind;
+use umbra_api::replica::{Phase, Role};
+use umbra_tests::lab::disk::{self, Bus, DiskSpec, Journal};
+use umbra_tests::lab::pair::{Pair, with_pair};
+use umbra_tests::lab::process::wait_for;
+use umbra_tests::lab::sys;
+use umbra_tests::lab::vm::{self, VmSpec};
+
+const MIB: u64 = 64;
+
+fn disk(bus: Bus, format: &'static str) -> DiskSpec {
+    DiskSpec { bus, format, mib: MIB }
+}
+
+fn spec() -> VmSpec {
+    VmSpec {
+        dirty: 500,
+        disks: vec![
+            disk(Bus::VirtioBlk, "raw"),
+            disk(Bus::VirtioBlk, "qcow2"),
+            disk(Bus::VirtioScsi, "qcow2"),
+        ],
+        ..VmSpec::new("web", 10)
+    }
+}
+
+fn acknowledged(pair: &Pair) -> Result<BTreeMap<String, u64>> {
+    Ok(vm::stats(&pair.lab.client, pair.vm.spec.ip)?.disks)
+}
+
+/// Waits until each journal is so many records further.
+fn writes_on(pair: &Pair, records: u64) -> Result<()> {
+    let before = acknowledged(pair)?;
+    ensure!(before.len() == pair.vm.spec.disks.len(), "a journal a disk: {before:?}");
+    wait_for(
+        "the guest to write on all of its disks",
+        Duration::from_secs(60),
+        || {
+            let now = acknowledged(pair)?;
+            let further = |(name, n): (&String, &u64)| now.get(name).is_some_and(|m| *m >= n + records);
+            let all = before.iter().all(further);
+            std::thread::sleep(Duration::from_millis(100));
+            Ok(all.then_some(()))
+        },
+    )
+}
+
+/// Images that the replicator of a host has made.
+fn images(pair: &Pair, host: &str) -> Result<Vec<PathBuf>> {
+    let mut found: Vec<_> = std::fs::read_dir(pair.host(host)?.folder("disks")?)?
+        .map(|e| Ok(e?.path()))
+        .collect::<Result<_>>()?;
+    found.sort();
+    Ok(found)
+}
+
+/// Storage daemons that run on a host.
+fn storage_daemons(pair: &Pair, host: &str) -> Result<usize> {
+    let is = |pid: &i32| {
+        sys::cmdline(*pid)
+            .first()
+            .is_some_and(|p| p.ends_with("qemu-storage-daemon"))
+    };
+    Ok(pair.host(host)?.pids().iter().filter(|p| is(p)).count())
+}
+
+/// Each journal is whole on these images, up to what was acknowledged.
+fn check(pair: &Pair, images: &[PathBuf], acknowledged: &BTreeMap<String, u64>) -> Result<()> {
+    let disks = &pair.vm.spec.disks;
+    ensure!(images.len() == disks.len(), "an image a disk: {images:?}");
+    for ((name, spec), image) in disk::names(disks).iter().zip(disks).zip(images) {
+        let journal = Journal::read(image, spec.format)?;
+        let told = acknowledged.get(name).copied().unwrap_or(0);
+        println!(
+            "{name} ({}): {told} acknowledged, {} on {}",
+            spec.format,
+            journal.last,
+            image.display()
+        );
+        ensure!(
+            journal.last >= told,
+            "records {} to {told} of {name} were acknowledged and are lost",
+            journal.last + 1
+        );
+    }
+    Ok(())
+}
+
+fn go(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
+    pair.protect(from, to)?;
+    let warm = pair.wait_standby(from)?;
+    ensure!(warm.disks.len() == 3, "each disk's copy is told: {:?}", warm.disks);
+    ensure!(
+        warm.disks.iter().all(|d| d.ready),
+        "warm only with all disks: {:?}",
+        warm.disks
+    );
+    wait_for("figures of the copies", Duration::from_secs(10), || {
+        let r = pair
+            .replica(from, Role::Source)?
+            .context("the source forgot its replica")?;
+        let told = |d: &umbra_api::replica::DiskProgress| d.copied_bytes > 0 && d.total_bytes >= d.copied_bytes;
+        Ok(r.disks.iter().all(told).then_some(()))
+    })?;
+    ensure!(storage_daemons(pair, to)? == 1, "one daemon a shadow");
+    writes_on(pair, 60)?;
+    let before = acknowledged(pair)?;
+    let report = pair.switchover(from)?;
+    ensure!(pair.wait_runs()? == to, "after the switchover it runs on {to}");
+    println!(
+        "{from} to {to}: guest stopped {:.1} ms, of which {:.1} ms for its disks; {report:?}",
+        report.guest_stopped_us as f64 / 1e3,
+        report.disks_us as f64 / 1e3,
+    );
+    ensure!(storage_daemons(pair, to)? == 0, "the shadow has its disks for itself");
+    // Past half a ring the guest has read back what it had written on the other host.
+    writes_on(pair, 300)?;
+    ensure!(pair.errors()? == 0, "no error in memory or on a disk");
+    let after = acknowledged(pair)?;
+    ensure!(
+        before.iter().all(|(name, n)| after.get(name).is_some_and(|m| m > n)),
+        "{before:?} {after:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn disks_go_there_and_back_under_writes() {
+    with_pair("disks", &spec(), |pair| {
+        writes_on(pair, 20)?;
+        let first: Vec<_> = (0..3)
+            .map(|n| Ok(vm::image_of(pair.host("a")?, "web", n)))
+            .collect::<Result<_>>()?;
+        let before = acknowledged(pair)?;
+        go(pair, "a", "b")?;
+        // The primary keeps its images as they were when the guest stopped.
+        check(pair, &first, &before)?;
+        let epoch = pair.next_epoch();
+        pair.order("a", epoch, OrderKind::Retire)?;
+        pair.wait_alone()?;
+        let before = acknowledged(pair)?;
+        let on_b = images(pair, "b")?;
+        go(pair, "b", "a")?;
+        check(pair, &on_b, &before)?;
+        let epoch = pair.next_epoch();
+        pair.order("b", epoch, OrderKind::Retire)?;
+        pair.wait_alone()?;
+        ensure!(
+            images(pair, "b")?.is_empty(),
+            "images of a copy that was given up go with it"
+        );
+        pair.verify()?;
+        // A VM that dies takes none of its disks along: the images of a shadow that ran are kept.
+        let last = acknowledged(pair)?;
+        for pid in vm::qemus(pair.host("a")?, pair.id()) {
+            sys::kill(pid, Signal::SIGKILL)?;
+        }
+        wait_for("the dead VM to be noticed", Duration::from_secs(20), || {
+            let r = pair.replica("a", Role::Target)?;
+            Ok(r.is_none_or(|r| r.phase == Phase::Released).then_some(()))
+        })?;
+        check(pair, &images(pair, "a")?, &last)
+    });
+}
+
+#[test]
+fn a_target_that_dies_takes_no_disk_along() {
+    with_pair("disks_dead_target", &spec(), |pair| {
+        for _ in 0..2 {
+            pair.protect("a", "b")?;
+            pair.wait_standby("a")?;
+            ensure!(images(pair, "b")?.len() == 3, "an image a disk");
+            pair.kill_replicator("b")?;
+            // The guest writes on as if nothing had been.
+            writes_on(pair, 60)?;
+            wait_for("the source to let go", Duration::from_secs(30), || {
+                let r = pair.replica("a", Role::Source)?;
+                Ok(r.filter(|r| r.phase == Phase::Released).map(|_| ()))
+            })?;
+            pair.restart_replicator("b")?;
+            wait_for(
+                "the dead shadow's images and daemon to be gone",
+                Duration::from_secs(30),
+                || Ok((images(pair, "b")?.is_empty() && storage_daemons(pair, "b")? == 0).then_some(())),
+            )?;
+            writes_on(pair, 60)?;
+            ensure!(pair.wait_runs()? == "a", "it runs where it ran");
+        }
+        // And the next one works, as far as it is wanted.
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        pair.release()?;
+        pair.wait_alone()?;
+        wait_for(
+            "the released shadow's images and daemon to be gone",
+            Duration::from_secs(30),
+            || Ok((images(pair, "b")?.is_empty() && storage_daemons(pair, "b")? == 0).then_some(())),
+        )?;
+        writes_on(pair, 60)?;
+        ensure!(pair.errors()? == 0, "no error in memory or on a disk");
+        let told = acknowledged(pair)?;
+        for pid in vm::qemus(pair.host("a")?, pair.id()) {
+            sys::kill(pid, Signal::SIGKILL)?;
+        }
+        let first: Vec<_> = (0..3)
+            .map(|n| Ok(vm::image_of(pair.host("a")?, "web", n)))
+            .collect::<Result<_>>()?;
+        check(pair, &first, &told)
+    });
+}
+
+#[test]
+fn a_target_without_room_is_refused_before_anything_starts() {
+    let huge = VmSpec {
+        disks: vec![DiskSpec {
+            bus: Bus::VirtioBlk,
+            format: "qcow2",
+            mib: 16 << 20,
+        }],
+        ..VmSpec::new("web", 10)
+    };
+    with_pair("disks_no_room", &huge, |pair| {
+        pair.protect("a", "b")?;
+        let refused = wait_for("the refusal", Duration::from_secs(20), || {
+            let r = pair.replica("a", Role::Source)?;
+            Ok(r.filter(|r| r.phase == Phase::Released).and_then(|r| r.error))
+        })?;
+        for words in ["16777216 MiB", "disk_dir", "MiB free"] {
+            ensure!(refused.detail.contains(words), "{words}: {refused}");
+        }
+        ensure!(
+            vm::qemus(pair.host("b")?, pair.id()).is_empty(),
+            "no shadow was started"
+        );
+        ensure!(
+            storage_daemons(pair, "b")? == 0 && images(pair, "b")?.is_empty(),
+            "nothing of a disk was made"
+        );
+        writes_on(pair, 20)?;
+        ensure!(pair.wait_runs()? == "a", "it runs where it ran");
+        Ok(())
+    });
+}
+
+/// The images that a QEMU's command line names.
+fn images_of(pid: i32) -> Vec<PathBuf> {
+    let line = sys::cmdline(pid);
+    let words = line.iter().flat_map(|a| a.split([',', '"', '=']));
+    words
+        .filter(|w| w.ends_with(".img") && !w.ends_with("initrd.img"))
+        .map(PathBuf::from)
+        .collect()
+}
+
+fn other(host: &str) -> &'static str {
+    if host == "a" { "b" } else { "a" }
+}
+
+/// QEMU pauses while the disks are made equal, and does not go on by itself if its replicator is gone: the restarted one sees to it.
+#[test]
+fn either_replicator_is_killed_while_the_disks_change_hands() {
+    with_pair("disks_killed", &spec(), |pair| {
+        for (source_dies, ms) in [true, false]
+            .into_iter()
+            .flat_map(|s| [4, 15, 30, 50, 75, 110].map(|ms| (s, ms)))
+        {
+            let from = pair.wait_runs()?;
+            let to = other(&from).to_owned();
+            pair.protect(&from, &to)?;
+            pair.wait_standby(&from)?;
+            let before = acknowledged(pair)?;
+            let epoch = pair.next_epoch();
+            pair.order(&from, epoch, OrderKind::Switchover)?;
+            std::thread::sleep(Duration::from_millis(ms));
+            let victim = if source_dies { &from } else { &to };
+            pair.kill_replicator(victim)?;
+            pair.restart_replicator(victim)?;
+            let runs = pair.wait_runs()?;
+            println!("the replicator on {victim} was killed {ms} ms after the order: from {from}, runs on {runs}");
+            // Past half a ring: what was written before the switchover was read back.
+            writes_on(pair, 280)?;
+            ensure!(pair.errors()? == 0, "no error in memory or on a disk");
+            let after = acknowledged(pair)?;
+            ensure!(
+                before.iter().all(|(d, n)| after.get(d).is_some_and(|m| m > n)),
+                "{before:?} {after:?}"
+            );
+            pair.release()?;
+            let epoch = pair.next_epoch();
+            // Where a stopped primary was kept, it is not needed any more.
+            let _ = pair
+                .replicator(other(&runs))?
+                .order(pair.id(), epoch, OrderKind::Retire)?;
+            pair.wait_alone()?;
+            ensure!(pair.wait_runs()? == runs, "clearing up moves nothing");
+        }
+        let runs = pair.wait_runs()?;
+        let told = acknowledged(pair)?;
+        let pids = vm::qemus(pair.host(&runs)?, pair.id());
+        let [pid] = pids.as_slice() else {
+            anyhow::bail!("one QEMU is left, not {pids:?}")
+        };
+        let images = images_of(*pid);
+        sys::kill(*pid, Signal::SIGKILL)?;
+        wait_for("it to be gone", Duration::from_secs(10), || {
+            Ok(vm::qemus(pair.host(&runs)?, pair.id()).is_empty().then_some(()))
+        })?;
+        check(pair, &images, &told)
+    });
+}
