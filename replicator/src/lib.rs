@@ -1,7 +1,7 @@
 //! One daemon a host: the source of the VMs that run here, the target of shadows that wait here.
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
-//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`]), what must not be forgotten
+//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`], [`urgent`]), what must not be forgotten
 //! ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
 
 pub mod adopt;
@@ -23,5 +23,6 @@ pub mod synth;
 pub mod tap;
 pub mod target;
 pub mod tier;
+pub mod urgent;
 
 pub use umbra_daemon::chain;

@@ -10,6 +10,7 @@ use umbra_api::wire::control::Message;
 
 use super::session::Event;
 use crate::link::{self, FrameReader, FrameWriter, Link, LinkError};
+use crate::urgent;
 
 /// Starting a shadow's QEMU may take its time on a busy host.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
@@ -89,6 +90,7 @@ fn open(addr: &str, times: Timeouts, first: &Message, wait: Duration) -> Result<
 
 /// The source pings every second, so silence means that the peer or the way to it is gone.
 fn hear(mut reader: FrameReader<TcpStream>, generation: u64, events: &Sender<Event>) {
+    urgent::this_thread();
     loop {
         let event = match reader.next_message() {
             Ok(message) => Event::Said { message, generation },

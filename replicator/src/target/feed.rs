@@ -12,6 +12,7 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::unistd::gettid;
 use umbra_api::wire::WireError;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 use umbra_api::wire::setup::StreamSetup;
@@ -93,6 +94,10 @@ impl Feed {
     /// Runs until the shadow has loaded, or the connection ends.
     pub fn run(self, mut reader: FrameReader<TcpStream>) {
         let events = self.events.clone();
+        // As with all that is told below: nobody may be there to hear it.
+        let _ = events.send(Event::Feeds {
+            thread: gettid().as_raw(),
+        });
         let (qmp, mark) = (self.qmp.clone(), self.mark);
         let mut intake = Intake {
             feed: self,

@@ -113,6 +113,7 @@ fn control(engine: &Arc<Engine>, mut link: Link) -> Result<(), LinkError> {
 }
 
 fn hear(mut reader: FrameReader<TcpStream>, reply: &Reply, events: &Sender<Event>) {
+    crate::urgent::this_thread();
     loop {
         let (event, over) = match reader.next_message() {
             Ok(message) => (
