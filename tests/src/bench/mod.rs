@@ -2,11 +2,13 @@
 //! else the machine does meets both.
 //!
 //! In reading order: [`rows`] (figures, table, JSON), [`probe`] (who asks the guest, in a process of its own), [`ours`] and
-//! [`stock`] (one hop of a VM each), [`switchover`].
+//! [`stock`] (one hop of a VM each), [`switchover`], [`standby`] (what a waiting shadow costs), [`agent`].
 
+pub mod agent;
 pub mod ours;
 pub mod probe;
 pub mod rows;
+pub mod standby;
 pub mod stock;
 pub mod switchover;
 
@@ -35,7 +37,11 @@ impl Options {
 
 type Bench = fn(&Options) -> Result<Vec<Row>>;
 
-pub const BENCHES: &[(&str, Bench)] = &[("switchover", switchover::run)];
+pub const BENCHES: &[(&str, Bench)] = &[
+    ("switchover", switchover::run),
+    ("standby", standby::run),
+    ("agent", agent::run),
+];
 
 pub fn run(name: &str, options: &Options) -> Result<()> {
     let names = || BENCHES.iter().map(|(n, _)| *n).collect::<Vec<_>>().join(", ");

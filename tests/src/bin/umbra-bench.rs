@@ -19,6 +19,10 @@ struct Cli {
 enum Command {
     /// How long a guest stands still when it changes hosts, beside QEMU's own migration
     Switchover(Run),
+    /// What a waiting shadow costs the guest and both hosts
+    Standby(Run),
+    /// What measuring costs, beside process-exporter
+    Agent(Run),
     /// Asks a guest until it is told to end; what the other commands start
     #[command(hide = true)]
     Probe {
@@ -48,6 +52,8 @@ struct Run {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Switchover(r) => run("switchover", r),
+        Command::Standby(r) => run("standby", r),
+        Command::Agent(r) => run("agent", r),
         Command::Probe { ip, out } => bench::probe::run(ip, &out),
     };
     match done {
