@@ -1,7 +1,7 @@
 //! One daemon a host: the source of the VMs that run here, the target of shadows that wait here.
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
-//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`], disks by [`tunnel`]), what must not be forgotten
+//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`], [`urgent`], disks by [`tunnel`]), what must not be forgotten
 //! ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
 
 pub mod adopt;
@@ -26,5 +26,6 @@ pub mod tap;
 pub mod target;
 pub mod tier;
 pub mod tunnel;
+pub mod urgent;
 
 pub use umbra_daemon::chain;

@@ -37,6 +37,11 @@ impl ProcessId {
         })
     }
 
+    /// Whether there is anything left of it: also true of a zombie, whose other threads may not have ended yet.
+    pub fn exists(&self) -> bool {
+        stat(self.pid).is_ok_and(|s| s.starttime == self.starttime)
+    }
+
     /// Whether it still runs. A zombie does not.
     pub fn alive(&self) -> bool {
         stat(self.pid).is_ok_and(|s| s.starttime == self.starttime && !matches!(s.state, 'Z' | 'X'))

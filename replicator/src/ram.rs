@@ -9,8 +9,9 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 use umbra_api::wire::setup::StreamSetup;
@@ -20,6 +21,9 @@ use crate::stream::items::PAGE_SIZE;
 
 /// Most bytes that all blocks have together that are kept in memory: firmware flash is the largest, with 4 MB.
 pub const SMALL_BYTES_MAX: u64 = 64 << 20;
+
+/// What is unmapped at once: a fraction of a millisecond's work, and whole huge pages of the usual size.
+const UNMAP_BYTES: usize = 2 << 20;
 
 const ZERO_PAGE: Page = [0; PAGE_SIZE];
 
@@ -183,6 +187,22 @@ impl RamFile {
             return true;
         }
         self.write(page, &ZERO_PAGE)
+    }
+
+    /// Takes the map apart piece by piece, the file keeps its pages. `between` is told how long each piece took.
+    fn unmap(self, between: &mut impl FnMut(Duration)) {
+        for (piece, present) in self.present.chunks(UNMAP_BYTES / PAGE_SIZE / 64).enumerate() {
+            let at = piece * UNMAP_BYTES;
+            let len = UNMAP_BYTES.min(self.map.len().saturating_sub(at));
+            if present.iter().all(|w| *w == 0) || len == 0 {
+                continue;
+            }
+            let start = Instant::now();
+            // SAFETY: the map is a shared one of a file, so nothing is lost that was written through it, and no reference
+            // into it is ever made. Refused (gigantic pages), the rest goes in one piece.
+            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, at, len) };
+            between(start.elapsed());
+        }
     }
 
     /// Copies a page out; false if there is no such page.
@@ -351,6 +371,16 @@ impl ShadowRam {
         Mark(Some(self.clock))
     }
 
+    /// Unmaps all files, in small pieces with a call of `between` after each, which may wait: a map of gigabytes takes a tenth
+    /// of a second of CPU time to remove, and holds up every other thread that needs memory meanwhile.
+    pub fn unmap(self, mut between: impl FnMut(Duration)) {
+        for place in self.blocks {
+            if let Place::File(file) = place {
+                file.unmap(&mut between);
+            }
+        }
+    }
+
     /// Bytes of guest memory that are not holes.
     pub fn present_bytes(&self) -> u64 {
         let of = |p: &Place| match p {
@@ -429,6 +459,26 @@ mod tests {
         for n in [16, u64::MAX, u64::MAX >> 12] {
             assert!(!f.write(n, &page) && !f.zero(n) && !f.read(n, &mut page));
         }
+    }
+
+    #[test]
+    fn an_unmapped_file_keeps_its_pages() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let pages = 2 * (UNMAP_BYTES / PAGE_SIZE) as u64 + 3;
+        let mut ram = ShadowRam::new(
+            &setup(&[("a", pages), ("b", 2)]),
+            vec![("a".into(), file(&dir, "a", pages))],
+        )
+        .unwrap();
+        ram.write_page(0, 1, &[7; PAGE_SIZE]).unwrap();
+        ram.write_page(0, pages - 1, &[8; PAGE_SIZE]).unwrap();
+        let mut pieces = 0;
+        ram.unmap(|_| pieces += 1);
+        assert_eq!(pieces, 2, "the hole between them is passed over");
+        let again = file(&dir, "a", pages);
+        let mut page = [0; PAGE_SIZE];
+        assert!(again.read(1, &mut page) && page == [7; PAGE_SIZE]);
+        assert!(again.read(pages - 1, &mut page) && page == [8; PAGE_SIZE]);
     }
 
     #[test]

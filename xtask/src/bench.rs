@@ -1,16 +1,33 @@
 //! `cargo xtask bench NAME`: runs one benchmark, ours beside its peer's.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::run;
+use crate::debian::{self, Apt};
+use crate::{build, ebpf, run, setup};
 
-/// Name, and what cargo runs for it.
-const BENCHES: &[(&str, &[&str])] = &[
-    ("parse", &["-p", "umbra-replicator", "--example", "bench_parse"]),
-    ("link", &["-p", "umbra-replicator", "--example", "bench_link"]),
+enum Runner {
+    /// What cargo runs. Needs no prepared machine.
+    Cargo(&'static [&'static str]),
+    /// `umbra-bench NAME`: whole systems, on a machine that is made ready like for the demo, and the Debian package of the peer.
+    Lab(Option<&'static str>),
+}
+
+const BENCHES: &[(&str, Runner)] = &[
+    (
+        "parse",
+        Runner::Cargo(&["-p", "umbra-replicator", "--example", "bench_parse"]),
+    ),
+    (
+        "link",
+        Runner::Cargo(&["-p", "umbra-replicator", "--example", "bench_link"]),
+    ),
+    ("switchover", Runner::Lab(None)),
+    ("standby", Runner::Lab(None)),
+    ("agent", Runner::Lab(Some("prometheus-process-exporter"))),
 ];
 
 #[derive(Args)]
@@ -31,19 +48,40 @@ pub fn run(options: &Options) -> Result<()> {
         println!("benchmarks: {}", names());
         return Ok(());
     };
-    let Some((_, target)) = BENCHES.iter().find(|(known, _)| known == name) else {
+    let Some((_, runner)) = BENCHES.iter().find(|(known, _)| known == name) else {
         bail!("there is no benchmark '{name}'; there are: {}", names());
     };
-    let mut cargo = run::cargo();
-    cargo.args(["run", "--quiet", "--release"]).args(*target).arg("--");
+    let mut command = match runner {
+        Runner::Cargo(target) => {
+            let mut cargo = run::cargo();
+            cargo.args(["run", "--quiet", "--release"]).args(*target).arg("--");
+            cargo
+        }
+        Runner::Lab(peer) => lab(name, *peer)?,
+    };
     if let Some(file) = &options.json {
         // Cargo starts it in the repository, the caller meant his own folder.
-        cargo
+        command
             .arg("--json")
             .arg(std::path::absolute(file).with_context(|| file.display().to_string())?);
     }
     if options.quick {
-        cargo.arg("--quick");
+        command.arg("--quick");
     }
-    run::run(&mut cargo)
+    run::run(&mut command)
+}
+
+fn lab(name: &str, peer: Option<&'static str>) -> Result<Command> {
+    setup::run(&setup::Options::default())?;
+    build::run()?;
+    if let Some(package) = peer.filter(|p| debian::installed(p).is_none()) {
+        println!("  missing  {package}: the peer");
+        // Without it ours are measured all the same.
+        if let Err(error) = Apt::default().install(&[package], None) {
+            println!("    {error:#}");
+        }
+    }
+    let mut command = Command::new(ebpf::target_dir(&run::root()).join("release/umbra-bench"));
+    command.arg(name);
+    Ok(command)
 }

@@ -82,8 +82,9 @@ fn end_by(id: ProcessId, signal: i32, patience: Duration) -> io::Result<()> {
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
         other => other?,
     };
-    // Checked after the handle is open: from here on it is this process that the handle means.
-    if !id.alive() {
+    // Checked after the handle is open: from here on it is this process that the handle means. A process whose first thread has
+    // ended may still be busy giving back gigabytes of memory, and is waited for.
+    if !id.exists() {
         return Ok(());
     }
     // SAFETY: pidfd_send_signal takes a descriptor, a number, and a null pointer for 'as kill() would'.

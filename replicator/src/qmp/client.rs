@@ -113,6 +113,7 @@ impl Client {
         std::thread::Builder::new()
             .name("qmp".into())
             .spawn(move || {
+                crate::urgent::this_thread();
                 if let Err(error) = read_on(&mut reader, &mut decoder, &theirs) {
                     tracing::debug!(%error, "QMP connection ends");
                 }

@@ -10,6 +10,7 @@ use umbra_api::wire::control::Message;
 
 use super::session::Event;
 use crate::link::{self, Closer, FrameReader, FrameWriter, Link, LinkError, ReadHalf, Security, WriteHalf};
+use crate::urgent;
 
 /// Starting a shadow's QEMU may take its time on a busy host.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
@@ -114,6 +115,7 @@ fn open(to: &Target<'_>, times: Timeouts, first: &Message, wait: Duration) -> Re
 
 /// The source pings every second, so silence means that the peer or the way to it is gone.
 fn hear(mut reader: FrameReader<ReadHalf>, generation: u64, events: &Sender<Event>) {
+    urgent::this_thread();
     loop {
         let event = match reader.next_message() {
             Ok(message) => Event::Said { message, generation },

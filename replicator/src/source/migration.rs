@@ -14,6 +14,7 @@ use super::session::Event;
 use crate::proc::ProcessId;
 use crate::qmp::{Client, QmpError};
 use crate::stream::return_path;
+use crate::urgent;
 
 /// With these QEMU converges at about a hundred pages instead of a guess from the measured bandwidth: 4 MiB/s for 100 ms.
 const SWITCHOVER_BANDWIDTH: u64 = 4 << 20;
@@ -41,12 +42,19 @@ pub struct Migration {
     pub qmp: Client,
     /// Our end of the socket pair; QEMU writes its stream to the other one.
     socket: UnixStream,
+    /// QEMU's main loop, and the threads that it started for the migration.
+    threads: Vec<i32>,
 }
 
 impl Migration {
     /// Starts the held migration. Its stream is read from the second value. `pause`: QEMU waits with the stopped guest, before
     /// it gives its disks away, until it is told to [`Migration::go_on`].
-    pub fn start(qmp: &Client, events: &Sender<Event>, pause: bool) -> Result<(Self, UnixStream), QmpError> {
+    pub fn start(
+        qmp: &Client,
+        qemu: ProcessId,
+        events: &Sender<Event>,
+        pause: bool,
+    ) -> Result<(Self, UnixStream), QmpError> {
         let set = |name: &str, on: bool| json!({"capability": name, "state": on});
         qmp.execute(
             "migrate-set-capabilities",
@@ -73,14 +81,23 @@ impl Migration {
         drop(theirs);
         let reader = ours.try_clone().map_err(pair)?;
         watch(qmp, events.clone());
+        let before = urgent::threads(qemu.pid);
         qmp.execute("migrate", json!({"uri": "fd:umbra-migration"}))?;
+        let mut threads = urgent::threads(qemu.pid);
+        threads.retain(|t| *t == qemu.pid || !before.contains(t));
         Ok((
             Self {
                 qmp: qmp.clone(),
                 socket: ours,
+                threads,
             },
             reader,
         ))
+    }
+
+    /// QEMU's threads that a stopped guest waits for.
+    pub fn threads(&self) -> &[i32] {
+        &self.threads
     }
 
     /// Lets QEMU stop the guest as soon as it has converged.

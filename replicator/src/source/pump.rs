@@ -4,11 +4,12 @@
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::unistd::gettid;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 
 use super::machine::Input;
@@ -33,6 +34,8 @@ pub struct Shared {
     /// Bytes of guest RAM read so far, in the first pass.
     pub seeded_bytes: AtomicU64,
     pub wire_bytes: AtomicU64,
+    /// The pump's thread.
+    pub thread: AtomicI32,
 }
 
 impl Shared {
@@ -86,6 +89,7 @@ pub struct Pump {
 impl Pump {
     /// Runs until the stream is complete or something fails; either is told as an [`Input`].
     pub fn run(self) {
+        self.shared.thread.store(gettid().as_raw(), Ordering::Relaxed);
         let events = self.events.clone();
         let input = match self.carry() {
             Ok(()) => Input::Streamed,

@@ -21,6 +21,7 @@ use crate::engine::{Core, unix_ms};
 use crate::pacing::{Round, Settings};
 use crate::proc::ProcessId;
 use crate::qmp::Client;
+use crate::urgent::{self, Urgent};
 
 /// While the first pass goes on, QEMU is asked how far it is.
 const SEEDING_TICK: Duration = Duration::from_millis(50);
@@ -125,6 +126,8 @@ pub struct Session {
     pinged: Instant,
     times: Times,
     report: SwitchoverReport,
+    /// Who a stopped guest waits for.
+    urgent: Option<Urgent>,
     give_up_at: Option<Instant>,
     resolve_at: Option<Instant>,
     take_back_at: Option<Instant>,
@@ -182,6 +185,7 @@ impl Session {
             pinged: now,
             times: Times::default(),
             report: SwitchoverReport::default(),
+            urgent: None,
             give_up_at: None,
             resolve_at: None,
             take_back_at: None,
@@ -192,6 +196,7 @@ impl Session {
     fn spawn(mut self, begin: impl FnOnce(&mut Self) + Send + 'static) -> std::io::Result<Handle> {
         let (events, status) = (self.sender.clone(), self.status.clone());
         let run = move || {
+            urgent::this_thread();
             begin(&mut self);
             self.run();
         };
@@ -258,7 +263,7 @@ impl Session {
         let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
         let pause = !mirrors.is_empty();
         self.mirrors = Some(mirrors);
-        let (migration, socket) = Migration::start(&qmp, &self.sender, pause)?;
+        let (migration, socket) = Migration::start(&qmp, self.plan.process, &self.sender, pause)?;
         self.migration = Some(migration);
         let pump = Pump {
             socket,
@@ -282,6 +287,7 @@ impl Session {
 
     /// After a restart: what the disk says, checked against the primary.
     fn recover(&mut self, durable: Durable) {
+        urgent::calm(self.plan.process);
         let primary = ask_primary(self.plan.process, self.qmp.as_ref());
         let primary = primary.unwrap_or_else(|e| {
             tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
@@ -341,6 +347,7 @@ impl Session {
             Event::Stopped { unix_us } => {
                 self.times.stopped = Some(Instant::now());
                 self.times.stopped_unix_us = unix_us;
+                self.hasten();
             }
             Event::PreSwitchover => self.pre_switchover(),
             Event::Disk { disk, news } => {
@@ -405,6 +412,14 @@ impl Session {
             _ => {}
         }
         self.input(input);
+    }
+
+    /// The guest stands still: everybody else on this host can wait.
+    fn hasten(&mut self) {
+        if let (State::Stopping { .. }, Some(migration)) = (&self.machine.state, &self.migration) {
+            let pump = self.pump.thread.load(Ordering::Relaxed);
+            self.urgent = Some(Urgent::new(migration.threads().iter().copied().chain([pump])));
+        }
     }
 
     fn is_primary_gone(&self) -> bool {
@@ -739,6 +754,9 @@ impl Session {
     }
 
     fn publish(&mut self) {
+        if self.urgent.is_some() && self.machine.phase() != Phase::Switching {
+            self.urgent = None;
+        }
         let (report, phase) = (self.report, self.machine.phase());
         self.progress.seeded_bytes = self.pump.seeded_bytes.load(Ordering::Relaxed);
         self.progress.wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);

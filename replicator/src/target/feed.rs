@@ -8,9 +8,10 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::unistd::gettid;
 use serde_json::json;
 use umbra_api::HostId;
 use umbra_api::wire::WireError;
@@ -29,6 +30,10 @@ use crate::synth::Synth;
 
 /// How long a shadow may take to load its device state.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the maps of guest memory are kept for a shadow that neither runs nor goes.
+const UNMAP_AFTER: Duration = Duration::from_secs(30);
+/// Unmapping rests for so many times as long as it works.
+const UNMAP_REST: u32 = 4;
 
 #[derive(Debug, thiserror::Error)]
 enum FeedError {
@@ -95,6 +100,10 @@ impl Feed {
     /// Runs until the shadow has loaded, or the connection ends.
     pub fn run(self, mut reader: FrameReader<ReadHalf>) {
         let events = self.events.clone();
+        // As with all that is told below: nobody may be there to hear it.
+        let _ = events.send(Event::Feeds {
+            thread: gettid().as_raw(),
+        });
         let (qmp, mark, record) = (self.qmp.clone(), self.mark, self.record.clone());
         let mut intake = Intake {
             feed: self,
@@ -121,8 +130,6 @@ impl Feed {
             return tell(Input::LinkLost(format!("the disks' daemon does not end: {why}")));
         }
         tell(Input::Streamed);
-        // The maps are not needed any more; QEMU has its own.
-        drop(intake.shadow.take());
         match loaded(&qmp, mark).and_then(|()| activate(&qmp, &record)) {
             Ok(()) => {
                 let _ = events.send(Event::Loaded {
@@ -131,8 +138,20 @@ impl Feed {
             }
             Err(why) => tell(Input::LoadFailed(why)),
         }
-        // QEMU keeps its end open until it has closed it itself.
-        drop(intake);
+        unmap_later(intake, &qmp, mark);
+    }
+}
+
+/// Removes the maps of guest memory, which only the feeding needed. That is much work for the CPU, and the shadow's QEMU may have
+/// this very core: so not while the guest is stopped, and then without haste.
+fn unmap_later(mut intake: Intake, qmp: &Client, mark: Mark) {
+    let ram = intake.shadow.take();
+    // It runs, it is gone, or its source is: nobody waits any more.
+    let _ = qmp.wait(mark, UNMAP_AFTER, |e| (e.name == "RESUME").then_some(()));
+    // Our end of the stream: QEMU has closed its own.
+    drop(intake);
+    if let Some((ram, _)) = ram {
+        ram.unmap(|took| thread::sleep(took * UNMAP_REST));
     }
 }
 

@@ -176,6 +176,7 @@ fn ram(engine: &Arc<Engine>, link: Link, first: &Message) {
 }
 
 fn hear(mut reader: FrameReader<ReadHalf>, reply: &Reply, events: &Sender<Event>) {
+    crate::urgent::this_thread();
     loop {
         let (event, over) = match reader.next_message() {
             Ok(message) => (

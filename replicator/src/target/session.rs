@@ -17,6 +17,7 @@ use crate::engine::{Core, unix_ms};
 use crate::launch::{self, Images, Shadow, ShadowRecord};
 use crate::link::{FrameWriter, WriteHalf};
 use crate::qmp::Client;
+use crate::urgent::{self, Urgent};
 
 const TICK: Duration = Duration::from_secs(1);
 const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -24,6 +25,10 @@ const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub enum Event {
     Input(Input),
+    /// The thread that applies pages and feeds QEMU.
+    Feeds {
+        thread: i32,
+    },
     Setup {
         ram_bytes: u64,
     },
@@ -107,6 +112,9 @@ pub struct Session {
     qmp: Option<Client>,
     /// The source's present control connection.
     control: Option<Reply>,
+    feeder: Option<i32>,
+    /// Who a stopped guest waits for.
+    urgent: Option<Urgent>,
     load_us: u64,
     resumed: (i64, u64),
     left: bool,
@@ -138,6 +146,9 @@ impl Session {
         record: ShadowRecord,
         qmp: Option<Client>,
     ) -> std::io::Result<Handle> {
+        if let Some(process) = record.process {
+            urgent::calm(process);
+        }
         let shadow = ask(&record, qmp.as_ref());
         let begin = Machine::resume(durable, plan.epoch, shadow);
         // 'Prepared' on disk and gone: the commit may have come, and its record not.
@@ -184,6 +195,8 @@ impl Session {
             record,
             qmp,
             control,
+            feeder: None,
+            urgent: None,
             load_us: 0,
             resumed: (0, 0),
             left: false,
@@ -192,6 +205,7 @@ impl Session {
         };
         let status = session.status.clone();
         let run = move || {
+            urgent::this_thread();
             session.perform(actions);
             session.run();
         };
@@ -227,6 +241,7 @@ impl Session {
     fn event(&mut self, event: Event) {
         match event {
             Event::Input(input) => self.input(input),
+            Event::Feeds { thread } => self.feeder = Some(thread),
             Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
             Event::RoundEnd(end) => {
                 self.progress.rounds = end.round;
@@ -276,6 +291,9 @@ impl Session {
             Message::Prepare { epoch } => {
                 // A limit of the standby tier would stretch the load, while the guest is stopped.
                 self.lift();
+                // Its main loop is what loads.
+                let main_loop = self.record.process.filter(|p| p.alive()).map(|p| p.pid);
+                self.urgent = Some(Urgent::new(main_loop.into_iter().chain(self.feeder)));
                 self.input(Input::Prepare { epoch });
             }
             Message::Commit { epoch } => self.input(Input::Commit { epoch }),
@@ -435,6 +453,9 @@ impl Session {
 
     fn publish(&mut self) {
         let phase = self.machine.phase();
+        if !matches!(phase, Phase::Switching | Phase::Prepared) {
+            self.urgent = None;
+        }
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.progress = self.progress;
         if status.phase != phase {

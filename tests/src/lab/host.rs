@@ -110,6 +110,10 @@ impl Host {
         net::make_tap(&self.ns, tap)
     }
 
+    pub fn remove_tap(&self, tap: &str) -> Result<()> {
+        net::remove_tap(&self.ns, tap)
+    }
+
     /// An HTTP request from inside this host.
     pub fn get(&self, to: (Ipv4Addr, u16), path: &str) -> Result<http::Reply> {
         http::request(&self.ns, to, "GET", path, None)

@@ -43,6 +43,16 @@ impl Netns {
         Ok(ns)
     }
 
+    /// The namespace that this process is in.
+    pub fn own() -> Result<Self> {
+        let file = std::fs::File::open("/proc/self/ns/net").context("opening this process's network namespace")?;
+        let inode = nix::sys::stat::fstat(&file)?.st_ino;
+        Ok(Self {
+            fd: Arc::new(file.into()),
+            inode,
+        })
+    }
+
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -141,4 +151,8 @@ pub fn make_tap(ns: &Netns, tap: &str) -> Result<()> {
         ns,
         &format!("tuntap add dev {tap} mode tap\nlink set {tap} master br0\nlink set {tap} up\n"),
     )
+}
+
+pub fn remove_tap(ns: &Netns, tap: &str) -> Result<()> {
+    ip(ns, &format!("link del {tap}\n"))
 }

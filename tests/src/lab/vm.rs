@@ -129,6 +129,11 @@ pub struct Vm {
 impl Vm {
     /// Starts a guest on a host; it is up when [`Vm::wait_up`] says so.
     pub fn start(host: &Host, image: &GuestImage, spec: &VmSpec) -> Result<Self> {
+        Self::start_with(host, image, spec, &[])
+    }
+
+    /// The same with more arguments for QEMU.
+    pub fn start_with(host: &Host, image: &GuestImage, spec: &VmSpec, more: &[&str]) -> Result<Self> {
         host.make_tap(&spec.tap())?;
         let file = |kind: &str| host.file(&format!("{}.{kind}", spec.name));
         let (qmp, watch, serial) = (file("qmp"), file("watch"), file("serial"));
@@ -153,7 +158,8 @@ impl Vm {
             ])
             .args(["-serial", &format!("file:{}", serial.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", watch.display())]);
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", watch.display())])
+            .args(more);
         cmd.args(disk::arguments(&spec.disks, |n| image_of(host, &spec.name, n))?);
         let process = host.spawn(&spec.name, cmd)?;
         Ok(Self {

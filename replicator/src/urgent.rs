@@ -1,0 +1,113 @@
+//! Threads that a stopped guest waits for go before all others on this host, for the few milliseconds that it takes.
+//!
+//! A switchover passes through a dozen threads of two replicators and two QEMUs. On a host whose cores are busy (the very reason
+//! to leave it) each of them would wait for its turn, some milliseconds each. Real-time priority, the lowest there is, makes
+//! that none; the kernel sees to it that such threads leave others a share even if they ran wild. Where it is not allowed,
+//! everything works as well, and takes longer.
+
+use std::fs;
+use std::io;
+
+use nix::libc;
+
+use crate::proc::ProcessId;
+
+/// Lets the calling thread, which does little and is waited for, go first as long as it lives.
+pub fn this_thread() {
+    // Refused: it waits like all others.
+    let _ = set(0, libc::SCHED_RR);
+}
+
+/// Threads that go first until this is dropped.
+#[derive(Debug, Default)]
+pub struct Urgent(Vec<i32>);
+
+impl Urgent {
+    /// Threads that have a real-time priority already keep theirs.
+    pub fn new(threads: impl IntoIterator<Item = i32>) -> Self {
+        let ordinary = |t: &i32| policy(*t) == Some(libc::SCHED_OTHER);
+        Self(
+            threads
+                .into_iter()
+                .filter(ordinary)
+                .filter(|t| set(*t, libc::SCHED_RR).is_ok())
+                .collect(),
+        )
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        for thread in &self.0 {
+            // It may have ended.
+            let _ = set(*thread, libc::SCHED_OTHER);
+        }
+    }
+}
+
+/// After a restart: a QEMU's main loop, which a switchover may have left so.
+pub fn calm(process: ProcessId) {
+    if process.alive() && policy(process.pid) == Some(libc::SCHED_RR) {
+        let _ = set(process.pid, libc::SCHED_OTHER);
+    }
+}
+
+/// The threads of a process.
+pub fn threads(pid: i32) -> Vec<i32> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    entries
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+fn policy(thread: i32) -> Option<i32> {
+    // SAFETY: takes a number and returns one.
+    let policy = unsafe { libc::sched_getscheduler(thread) };
+    (policy >= 0).then_some(policy & !libc::SCHED_RESET_ON_FORK)
+}
+
+/// Threads that it starts meanwhile (a QEMU's workers) are ordinary ones.
+fn set(thread: i32, policy: i32) -> io::Result<()> {
+    let (priority, flag) = match policy {
+        libc::SCHED_RR => (1, libc::SCHED_RESET_ON_FORK),
+        _ => (0, 0),
+    };
+    let mut param = std::mem::MaybeUninit::<libc::sched_param>::zeroed();
+    // SAFETY: all zeros is a valid sched_param, which is a few numbers.
+    let param = unsafe {
+        (*param.as_mut_ptr()).sched_priority = priority;
+        param.assume_init()
+    };
+    // SAFETY: `param` lives across the call; a thread that does not exist is an error.
+    match unsafe { libc::sched_setscheduler(thread, policy | flag, &raw const param) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_urgent_until_it_is_dropped() {
+        let (tell, told) = std::sync::mpsc::channel::<()>();
+        let (number, thread) = std::sync::mpsc::channel();
+        let other = std::thread::spawn(move || {
+            number.send(nix::unistd::gettid().as_raw()).unwrap();
+            let _ = told.recv();
+        });
+        let thread = thread.recv().unwrap();
+        assert!(threads(std::process::id() as i32).contains(&thread));
+        let urgent = Urgent::new([thread, -1]);
+        if urgent.0.is_empty() {
+            println!("SKIPPED: real-time priorities are not allowed here");
+            return;
+        }
+        assert_eq!(policy(thread), Some(libc::SCHED_RR));
+        drop(urgent);
+        assert_eq!(policy(thread), Some(libc::SCHED_OTHER));
+        drop(tell);
+        other.join().unwrap();
+    }
+}

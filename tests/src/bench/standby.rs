@@ -1,0 +1,190 @@
+//! What a warm shadow costs while it waits: the guest, and both hosts.
+//!
+//! One VM; each run measures it without a shadow and with one. The guest's own throughput is counted from outside: rounds of
+//! a fixed loop (one web request each), pages that it writes as fast as it can, and small web requests, one after the other.
+
+use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::Options;
+use super::rows::{Row, median};
+use crate::lab::daemons::{Binaries, target_dir};
+use crate::lab::http::Connection;
+use crate::lab::pair::Pair;
+use crate::lab::process::wait_for;
+use crate::lab::sched;
+use crate::lab::vm::{self, HTTP, VmSpec};
+
+const RUNS: usize = 5;
+const QUICK_RUNS: usize = 2;
+const WINDOW: Duration = Duration::from_secs(5);
+const QUICK_WINDOW: Duration = Duration::from_secs(3);
+/// The loop of one request: long enough that the request itself does not count.
+const WORK_US: u32 = 5000;
+/// Pages a second of the row `busy`.
+const BUSY: u32 = 2000;
+/// More than any guest can write.
+const FLAT_OUT: u32 = 100_000_000;
+const REPLY: Duration = Duration::from_secs(10);
+const CALM: Duration = Duration::from_secs(60);
+
+/// CPU time in percent of a core.
+#[derive(Clone, Copy, Debug, Default)]
+struct Load {
+    qemu: f64,
+    source: f64,
+    target: f64,
+}
+
+/// One run's figures: throughputs a second by case, loads by row.
+#[derive(Default)]
+struct Figures {
+    rates: BTreeMap<&'static str, f64>,
+    loads: BTreeMap<&'static str, Load>,
+}
+
+pub fn run(options: &Options) -> Result<Vec<Row>> {
+    Binaries::find(&["umbra-replicator"])?;
+    let (runs, window) = match options.quick {
+        true => (QUICK_RUNS, QUICK_WINDOW),
+        false => (RUNS, WINDOW),
+    };
+    let spec = VmSpec {
+        dirty: 0,
+        work_us: WORK_US,
+        pattern_mib: Some(128),
+        ..VmSpec::new("web", 10)
+    };
+    let mut pair = Pair::start_unwatched(&spec)?;
+    let measured = in_turns(&mut pair, runs, window).and_then(|rows| {
+        pair.verify().context("after all runs")?;
+        Ok(rows)
+    });
+    if let Err(e) = measured {
+        let kept = pair.lab.keep_logs(&target_dir()?.join("bench-logs"))?;
+        bail!("{e:#}\nlogs are in {}", kept.display());
+    }
+    measured
+}
+
+fn in_turns(pair: &mut Pair, runs: usize, window: Duration) -> Result<Vec<Row>> {
+    let (mut alone, mut shadowed) = (Vec::new(), Vec::new());
+    for n in 0..runs {
+        let without = measure(pair, window).with_context(|| format!("run {n} without a shadow"))?;
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        let with = measure(pair, window).with_context(|| format!("run {n} with a shadow"))?;
+        pair.release()?;
+        pair.wait_alone()?;
+        println!(
+            "run {n}: a second without {:.0?}, with {:.0?}",
+            without.rates, with.rates
+        );
+        alone.push(without);
+        shadowed.push(with);
+    }
+    Ok(rows(&alone, &shadowed))
+}
+
+fn rows(alone: &[Figures], shadowed: &[Figures]) -> Vec<Row> {
+    let runs = alone.len();
+    let mut rows = Vec::new();
+    for case in ["cpu", "memory", "http"] {
+        let pairs = alone.iter().zip(shadowed);
+        let losses: Vec<f64> = pairs
+            .filter_map(|(a, s)| Some(100.0 * (1.0 - s.rates.get(case)? / a.rates.get(case)?)))
+            .collect();
+        rows.extend(median(&losses).map(|loss| Row::new(case, "guest_loss_pct", "%", loss, runs)));
+    }
+    for case in ["idle", "busy"] {
+        let mut row = |metric, of: fn(Load, Load) -> f64| {
+            let pairs = alone.iter().zip(shadowed);
+            let all: Vec<f64> = pairs
+                .filter_map(|(a, s)| Some(of(*a.loads.get(case)?, *s.loads.get(case)?)))
+                .collect();
+            rows.extend(median(&all).map(|v| Row::new(case, metric, "%", v, runs)));
+        };
+        row("qemu_cpu_pct", |a, s| s.qemu - a.qemu);
+        row("source_cpu_pct", |_, s| s.source);
+        row("target_cpu_pct", |_, s| s.target);
+    }
+    rows
+}
+
+fn measure(pair: &mut Pair, window: Duration) -> Result<Figures> {
+    let mut f = Figures::default();
+    for (row, pages) in [("idle", 0), ("busy", BUSY)] {
+        dirty(pair, pages)?;
+        // The rate before is still in the first round.
+        sleep(Duration::from_millis(600));
+        f.loads.insert(row, load(pair, window)?);
+    }
+    dirty(pair, 0)?;
+    f.rates.insert("cpu", requests(pair, "/", window)?);
+    f.rates.insert("http", requests(pair, "/stats", window)?);
+    dirty(pair, FLAT_OUT)?;
+    let (before, start) = (vm::stats(&pair.lab.client, pair.vm.spec.ip)?, Instant::now());
+    sleep(window);
+    let after = vm::stats(&pair.lab.client, pair.vm.spec.ip)?;
+    let pages = after.dirty_pages.saturating_sub(before.dirty_pages);
+    f.rates.insert("memory", pages as f64 / start.elapsed().as_secs_f64());
+    dirty(pair, 0)?;
+    Ok(f)
+}
+
+fn dirty(pair: &Pair, pages: u32) -> Result<()> {
+    let ip = pair.vm.spec.ip;
+    // A guest that writes flat out may be late.
+    wait_for("the guest to write at another rate", CALM, || {
+        let told = pair.lab.client.post((ip, HTTP), "/dirty", &pages.to_string());
+        Ok(told.ok().filter(|r| r.status == 200).map(|_| ()))
+    })
+}
+
+/// Requests a second on one connection, one after the other.
+fn requests(pair: &Pair, path: &str, window: Duration) -> Result<f64> {
+    let mut c = Connection::open(&pair.lab.client.ns, (pair.vm.spec.ip, HTTP), REPLY, REPLY)?;
+    let (start, mut n) = (Instant::now(), 0u64);
+    while start.elapsed() < window {
+        c.request("GET", path, None, false)?.ok()?;
+        n += 1;
+    }
+    Ok(n as f64 / start.elapsed().as_secs_f64())
+}
+
+fn load(pair: &mut Pair, window: Duration) -> Result<Load> {
+    let id = pair.vm.spec.id;
+    let (qemu, shadows) = (pair.vm.process.pid(), vm::qemus(pair.host("b")?, id));
+    let (source, target) = (pair.replicator_process("a")?.pid(), pair.replicator_process("b")?.pid());
+    let groups = [vec![qemu], vec![source], [vec![target], shadows].concat()];
+    let mut readers: Vec<Vec<_>> = groups
+        .iter()
+        .map(|g| g.iter().map(|p| (*p, sched::Reader::default())).collect())
+        .collect();
+    let mut read = || -> Result<Vec<u64>> {
+        let of = |group: &mut Vec<(i32, sched::Reader)>| {
+            let each = group.iter_mut().map(|(pid, r)| Ok(r.read(*pid)?.run_ns));
+            each.sum::<Result<u64>>()
+        };
+        readers.iter_mut().map(of).collect()
+    };
+    let (before, start) = (read()?, Instant::now());
+    sleep(window);
+    let (after, took) = (read()?, start.elapsed());
+    let pct: Vec<f64> = before
+        .iter()
+        .zip(&after)
+        .map(|(b, a)| 100.0 * a.saturating_sub(*b) as f64 / took.as_nanos() as f64)
+        .collect();
+    match pct.as_slice() {
+        [qemu, source, target] => Ok(Load {
+            qemu: *qemu,
+            source: *source,
+            target: *target,
+        }),
+        _ => bail!("three groups of processes were measured"),
+    }
+}

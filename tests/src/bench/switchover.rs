@@ -1,0 +1,178 @@
+//! How long a guest stands still when it changes hosts, and how long it takes from the command until it runs there.
+//!
+//! Two hosts of one core each; two equal VMs under the same load, of which only the one runs that hops: ours by our
+//! replicators, stock by QEMU's own `migrate`, plain and with multifd, in turns.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use umbra_api::replica::SwitchoverReport;
+
+use super::Options;
+use super::ours::Ours;
+use super::probe::Seen;
+use super::rows::{Row, median, percentile};
+use super::stock::Stock;
+use crate::lab::daemons::{Binaries, target_dir};
+use crate::lab::vm::VmSpec;
+
+/// Before the command, until the prober is seen answering, and after it, until the guest answers again.
+pub const SETTLE: Duration = Duration::from_millis(700);
+pub const SWITCH: Duration = Duration::from_secs(60);
+/// What the guest writes meanwhile, in pages a second.
+const DIRTY: u32 = 2000;
+const HOPS: usize = 15;
+const QUICK_HOPS: usize = 5;
+
+/// Name and MiB. Half of it is in use, and filled with what does not compress.
+const CASES: [(&str, u32); 3] = [("256MiB", 256), ("1GiB", 1024), ("4GiB", 4096)];
+
+/// One change of hosts, in milliseconds by the QEMUs' event times and the prober's clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Hop {
+    pub stopped_ms: f64,
+    pub command_ms: f64,
+    pub seen: Seen,
+}
+
+impl Hop {
+    pub fn new(start_us: i64, stopped_us: i64, resumed_us: i64, seen: Seen) -> Self {
+        let ms = |from: i64| (resumed_us - from) as f64 / 1e3;
+        Self {
+            stopped_ms: ms(stopped_us),
+            command_ms: ms(start_us),
+            seen,
+        }
+    }
+}
+
+/// Metric, and its value of a hop.
+type OfHop = fn(&Hop) -> f64;
+type OfReport = fn(&SwitchoverReport) -> u64;
+
+const METRICS: [(&str, f64, OfHop); 5] = [
+    ("guest_stopped_ms_p50", 0.5, |h| h.stopped_ms),
+    ("guest_stopped_ms_p99", 0.99, |h| h.stopped_ms),
+    ("command_to_running_ms_p50", 0.5, |h| h.command_ms),
+    ("lost_run_ms_p50", 0.5, |h| h.seen.lost_ms),
+    ("reply_gap_ms_p50", 0.5, |h| h.seen.reply_gap_ms),
+];
+
+/// Where the stopped time goes.
+const PARTS: [(&str, OfReport); 6] = [
+    ("last pass", |r| r.last_pass_us),
+    ("device state", |r| r.device_state_us),
+    ("load", |r| r.load_us),
+    ("relinquish", |r| r.relinquish_us),
+    ("shut", |r| r.shut_us),
+    ("resume", |r| r.resume_us),
+];
+
+pub fn run(options: &Options) -> Result<Vec<Row>> {
+    Binaries::find(&["umbra-replicator"])?;
+    let hops = if options.quick { QUICK_HOPS } else { HOPS };
+    let mut rows = Vec::new();
+    for (case, mib) in CASES.iter().filter(|(case, _)| options.wants(case)) {
+        rows.extend(measure(case, *mib, hops, options).with_context(|| format!("case {case}"))?);
+    }
+    Ok(rows)
+}
+
+fn spec(name: &str, n: u8, mib: u32) -> VmSpec {
+    VmSpec {
+        mem_mib: mib,
+        dirty: DIRTY,
+        work_us: 200,
+        pattern_mib: Some(mib / 2),
+        ..VmSpec::new(name, n)
+    }
+}
+
+fn measure(case: &str, mib: u32, hops: usize, options: &Options) -> Result<Vec<Row>> {
+    let mut ours = Ours::start(&spec("web", 10, mib))?;
+    let measured = hop_in_turns(case, &mut ours, mib, hops, options).and_then(|rows| {
+        ours.verify().context("after all hops")?;
+        Ok(rows)
+    });
+    if let Err(e) = measured {
+        let kept = ours.pair.lab.keep_logs(&target_dir()?.join("bench-logs"))?;
+        bail!("{e:#}\nlogs are in {}", kept.display());
+    }
+    measured
+}
+
+fn hop_in_turns(case: &str, ours: &mut Ours, mib: u32, hops: usize, options: &Options) -> Result<Vec<Row>> {
+    let mut stock = match options.alone {
+        true => None,
+        false => Some(Stock::start(&ours.pair.lab, &spec("peer", 20, mib))?),
+    };
+    let (mut us, mut reports) = (Vec::new(), Vec::new());
+    let mut peers: BTreeMap<&str, Vec<Hop>> = BTreeMap::new();
+    for n in 0..hops {
+        let (hop, report) = ours.hop().with_context(|| format!("our hop {n}"))?;
+        println!(
+            "{case} hop {n}: stopped {:.1} ms, command to running {:.1} ms, {}",
+            hop.stopped_ms,
+            hop.command_ms,
+            parts(&[report])
+        );
+        us.push(hop);
+        reports.push(report);
+        let Some(stock) = &mut stock else { continue };
+        for (name, multifd) in [("stock migrate", false), ("migrate-multifd", true)] {
+            let hop = stock
+                .hop(&ours.pair.lab, multifd)
+                .with_context(|| format!("hop {n} of {name}"))?;
+            println!(
+                "{case} hop {n} of {name}: stopped {:.1} ms, command to running {:.1} ms",
+                hop.stopped_ms, hop.command_ms
+            );
+            peers.entry(name).or_default().push(hop);
+        }
+    }
+    tell(case, &us, &reports);
+    Ok(rows(case, &us, &peers))
+}
+
+fn rows(case: &str, ours: &[Hop], peers: &BTreeMap<&str, Vec<Hop>>) -> Vec<Row> {
+    let value = |hops: &[Hop], p: f64, of: fn(&Hop) -> f64| percentile(&hops.iter().map(of).collect::<Vec<_>>(), p);
+    let mut rows = Vec::new();
+    for (metric, p, of) in METRICS {
+        let row = Row::new(case, metric, "ms", value(ours, p, of).unwrap_or_default(), ours.len());
+        if peers.is_empty() {
+            rows.push(row);
+            continue;
+        }
+        for (name, hops) in peers.iter().rev() {
+            rows.push(row.clone().beside(name, value(hops, p, of)));
+        }
+    }
+    rows
+}
+
+fn parts(reports: &[SwitchoverReport]) -> String {
+    let of = |part: fn(&SwitchoverReport) -> u64| {
+        let all: Vec<f64> = reports.iter().map(|r| part(r) as f64 / 1e3).collect();
+        median(&all).unwrap_or_default()
+    };
+    let all: Vec<String> = PARTS
+        .iter()
+        .map(|(name, part)| format!("{name} {:.1}", of(*part)))
+        .collect();
+    all.join(", ")
+}
+
+/// What no row holds: where the time goes, and how much of the longest wait for an answer is not the switchover's.
+fn tell(case: &str, hops: &[Hop], reports: &[SwitchoverReport]) {
+    println!("{case}, medians of our hops' parts in ms: {}", parts(reports));
+    let after: Vec<f64> = hops
+        .iter()
+        .map(|h| (h.seen.reply_gap_ms - h.stopped_ms).max(0.0))
+        .collect();
+    println!(
+        "{case}: {:.0} ms (median) of our longest gap between replies lie outside of the stopped time; under TCG the new QEMU \
+         has to translate the guest's code anew, which a KVM guest does not know",
+        median(&after).unwrap_or_default()
+    );
+}

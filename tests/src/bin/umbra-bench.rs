@@ -1,0 +1,79 @@
+//! Benchmarks that need whole systems: see [`umbra_tests::bench`].
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use umbra_tests::bench;
+
+/// Measures Umbra beside its peers.
+#[derive(Parser)]
+#[command(name = "umbra-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// How long a guest stands still when it changes hosts, beside QEMU's own migration
+    Switchover(Run),
+    /// What a waiting shadow costs the guest and both hosts
+    Standby(Run),
+    /// What measuring costs, beside process-exporter
+    Agent(Run),
+    /// Asks a guest until it is told to end; what the other commands start
+    #[command(hide = true)]
+    Probe {
+        #[arg(long)]
+        ip: Ipv4Addr,
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct Run {
+    /// Write the figures to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fewer runs
+    #[arg(long)]
+    quick: bool,
+    /// Ours only: no figures to compare with
+    #[arg(long)]
+    alone: bool,
+    /// Only this case; may be given several times
+    #[arg(long = "case", value_name = "NAME")]
+    cases: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Switchover(r) => run("switchover", r),
+        Command::Standby(r) => run("standby", r),
+        Command::Agent(r) => run("agent", r),
+        Command::Probe { ip, out } => bench::probe::run(ip, &out),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            use std::io::Write;
+            let _ = writeln!(std::io::stderr(), "umbra-bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(name: &str, r: Run) -> anyhow::Result<()> {
+    bench::run(
+        name,
+        &bench::Options {
+            json: r.json,
+            quick: r.quick,
+            alone: r.alone,
+            cases: r.cases,
+        },
+    )
+}
