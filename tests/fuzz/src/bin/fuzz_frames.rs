@@ -65,7 +65,7 @@ fn take(kind: Kind, payload: &[u8]) {
                 assert_eq!(&r.encode()[..], payload);
             }
         }
-        Kind::DeviceState | Kind::StreamEnd => {}
+        Kind::DeviceState | Kind::StreamEnd | Kind::Disk => {}
     }
 }
 
