@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use umbra_api::VmId;
 use umbra_api::lifecycle::Stage;
+use umbra_api::problem::Problem;
 use umbra_api::view::VmView;
 use umbra_tests::lab::Lab;
 use umbra_tests::lab::copies::Copies;
@@ -75,13 +76,18 @@ impl World {
         }
     }
 
+    /// What an operator would do: ask again as long as the RPS says that it is busy.
     fn ask(&self, action: &str) -> Result<()> {
         let rps = &self.lab.control;
         let path = format!("/v1/vms/{}/shadow", self.id());
-        rps.post((rps.ip, daemons::RPS), &path, &format!("{{\"action\":\"{action}\"}}"))?
-            .ok()
-            .with_context(|| action.to_owned())?;
-        Ok(())
+        let body = format!("{{\"action\":\"{action}\"}}");
+        wait_for(&format!("the RPS to take {action}"), Duration::from_secs(30), || {
+            let reply = rps.post((rps.ip, daemons::RPS), &path, &body)?;
+            if reply.status == 409 && reply.json::<Problem>()?.code == "busy" {
+                return Ok(None);
+            }
+            reply.ok().map(|_| Some(()))
+        })
     }
 
     /// By QEMU's own word, which the watcher asks for ten times a second.
@@ -113,9 +119,7 @@ fn story(world: &mut World) -> Result<()> {
         Ok((ready && world.view()?.is_some()).then_some(()))
     })?;
     world.ask("create")?;
-    world.wait_stage("the first copy to begin", |s| {
-        matches!(s, Stage::Seeding | Stage::Standby)
-    })?;
+    world.wait_stage("the shadow to be begun", |s| !matches!(s, Stage::Unprotected))?;
     world.restart_rps()?;
     world.wait_stage("a warm shadow in spite of the restart", |s| {
         matches!(s, Stage::Standby | Stage::Armed)
@@ -136,7 +140,7 @@ fn story(world: &mut World) -> Result<()> {
     world.wait_runs_on("a")?;
     let edges: Vec<Stage> = home.events.iter().map(|e| e.to).collect();
     ensure!(
-        edges.contains(&Stage::Seeding) && edges.contains(&Stage::FailingBack),
+        edges.contains(&Stage::Provisioning) && edges.contains(&Stage::FailingBack),
         "all of it is in the store: {edges:?}"
     );
     vm::wait_scrubbed(&world.lab.client, world.vm.spec.ip, Duration::from_secs(90))?;
