@@ -32,7 +32,7 @@ enum Command {
     Setup(setup::Options),
     /// Build the kernel programs and every binary, release
     Build,
-    /// Show it: two hosts, a real VM, a real switchover. About eight minutes
+    /// Show it: two hosts, a real VM, a real switchover. About four minutes
     Demo(demo::Options),
     /// Run everything: setup, build, lints, unit tests, whole-system tests, a short fuzz run
     Test,
