@@ -172,7 +172,7 @@ fn tell(case: &str, hops: &[Hop], reports: &[SwitchoverReport]) {
         .collect();
     println!(
         "{case}: {:.0} ms (median) of our longest gap between replies lie outside of the stopped time; under TCG the new QEMU \
-         has to translate the guest's code anew, which a KVM guest does not know",
+         also has to translate the guest's code anew; how much that is was not told apart",
         median(&after).unwrap_or_default()
     );
 }
