@@ -93,7 +93,7 @@ fn interrupted(args: &[&str], delay: Duration, signal: Signal) {
     std::thread::sleep(delay);
     let items = list_of(pid).map(|l| ledger::read(&l)).unwrap_or_default();
     sys::kill(pid as i32, signal).unwrap();
-    let status = wait_end(&mut demo, Duration::from_secs(30));
+    let status = wait_end(&mut demo, Duration::from_secs(120));
     let context = format!(
         "{args:?} after {delay:?} with {signal}: {status}, {} things were up",
         items.len()

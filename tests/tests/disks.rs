@@ -105,7 +105,7 @@ fn go(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
         "warm only with all disks: {:?}",
         warm.disks
     );
-    wait_for("figures of the copies", Duration::from_secs(10), || {
+    wait_for("figures of the copies", Duration::from_secs(60), || {
         let r = pair
             .replica(from, Role::Source)?
             .context("the source forgot its replica")?;
@@ -165,7 +165,7 @@ fn disks_go_there_and_back_under_writes() {
         for pid in vm::qemus(pair.host("a")?, pair.id()) {
             sys::kill(pid, Signal::SIGKILL)?;
         }
-        wait_for("the dead VM to be noticed", Duration::from_secs(20), || {
+        wait_for("the dead VM to be noticed", Duration::from_secs(60), || {
             let r = pair.replica("a", Role::Target)?;
             Ok(r.is_none_or(|r| r.phase == Phase::Released).then_some(()))
         })?;
@@ -183,14 +183,14 @@ fn a_target_that_dies_takes_no_disk_along() {
             pair.kill_replicator("b")?;
             // The guest writes on as if nothing had been.
             writes_on(pair, 60)?;
-            wait_for("the source to let go", Duration::from_secs(30), || {
+            wait_for("the source to let go", Duration::from_secs(60), || {
                 let r = pair.replica("a", Role::Source)?;
                 Ok(r.filter(|r| r.phase == Phase::Released).map(|_| ()))
             })?;
             pair.restart_replicator("b")?;
             wait_for(
                 "the dead shadow's images and daemon to be gone",
-                Duration::from_secs(30),
+                Duration::from_secs(60),
                 || Ok((images(pair, "b")?.is_empty() && storage_daemons(pair, "b")? == 0).then_some(())),
             )?;
             writes_on(pair, 60)?;
@@ -203,7 +203,7 @@ fn a_target_that_dies_takes_no_disk_along() {
         pair.wait_alone()?;
         wait_for(
             "the released shadow's images and daemon to be gone",
-            Duration::from_secs(30),
+            Duration::from_secs(60),
             || Ok((images(pair, "b")?.is_empty() && storage_daemons(pair, "b")? == 0).then_some(())),
         )?;
         writes_on(pair, 60)?;
@@ -231,7 +231,7 @@ fn a_target_without_room_is_refused_before_anything_starts() {
     };
     with_pair("disks_no_room", &huge, |pair| {
         pair.protect("a", "b")?;
-        let refused = wait_for("the refusal", Duration::from_secs(20), || {
+        let refused = wait_for("the refusal", Duration::from_secs(60), || {
             let r = pair.replica("a", Role::Source)?;
             Ok(r.filter(|r| r.phase == Phase::Released).and_then(|r| r.error))
         })?;
@@ -312,7 +312,7 @@ fn either_replicator_is_killed_while_the_disks_change_hands() {
         };
         let images = images_of(*pid);
         sys::kill(*pid, Signal::SIGKILL)?;
-        wait_for("it to be gone", Duration::from_secs(10), || {
+        wait_for("it to be gone", Duration::from_secs(60), || {
             Ok(vm::qemus(pair.host(&runs)?, pair.id()).is_empty().then_some(()))
         })?;
         check(pair, &images, &told)

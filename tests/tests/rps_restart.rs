@@ -81,7 +81,7 @@ impl World {
         let rps = &self.lab.control;
         let path = format!("/v1/vms/{}/shadow", self.id());
         let body = format!("{{\"action\":\"{action}\"}}");
-        wait_for(&format!("the RPS to take {action}"), Duration::from_secs(30), || {
+        wait_for(&format!("the RPS to take {action}"), Duration::from_secs(60), || {
             let reply = rps.post((rps.ip, daemons::RPS), &path, &body)?;
             if reply.status == 409 && reply.json::<Problem>()?.code == "busy" {
                 return Ok(None);
@@ -90,15 +90,15 @@ impl World {
         })
     }
 
-    /// By QEMU's own word, which the watcher asks for ten times a second.
+    /// By QEMU's own word, which the watcher asks for ten times a second on a machine that has the time.
     fn wait_runs_on(&self, host: &str) -> Result<()> {
-        wait_for(&format!("QEMU to run on {host}"), Duration::from_secs(2), || {
+        wait_for(&format!("QEMU to run on {host}"), Duration::from_secs(60), || {
             Ok((self.copies.running() == [host]).then_some(()))
         })
     }
 
     fn wait_stage(&self, what: &str, wanted: impl Fn(Stage) -> bool) -> Result<VmView> {
-        wait_for(what, Duration::from_secs(60), || {
+        wait_for(what, Duration::from_secs(120), || {
             if let Some(double) = self.copies.doubles().first() {
                 bail!("split brain: {double}");
             }
@@ -112,7 +112,7 @@ impl World {
 }
 
 fn story(world: &mut World) -> Result<()> {
-    wait_for("the RPS to know both hosts and the VM", Duration::from_secs(30), || {
+    wait_for("the RPS to know both hosts and the VM", Duration::from_secs(60), || {
         let rps = &world.lab.control;
         let hosts: Vec<umbra_api::view::HostView> = rps.get((rps.ip, daemons::RPS), "/v1/hosts")?.ok()?.json()?;
         let ready = hosts.len() == 2 && hosts.iter().all(|h| h.replicator_up && h.last_sample.is_some());

@@ -31,39 +31,33 @@ fn go(pair: &mut Pair, from: &str, to: &str) -> Result<SwitchoverReport> {
         "a warm shadow knows how long its seed took: {warm:?}"
     );
     // Rounds go on: the shadow follows a guest that writes.
-    wait_for("two more rounds", Duration::from_secs(20), || {
+    wait_for("two more rounds", Duration::from_secs(60), || {
         let now = pair
             .replica(from, Role::Source)?
             .context("the source forgot its replica")?;
         Ok((now.progress.rounds >= warm.progress.rounds + 2).then_some(()))
     })?;
-    ensure!(
-        pair.running_on() == [from],
-        "before the switchover it runs on {from}, not {:?}",
-        pair.running_on()
-    );
+    ensure!(pair.wait_runs()? == from, "before the switchover it runs on {from}");
     let start_us = wall_us();
     let report = pair.switchover(from)?;
     ensure!(pair.wait_runs()? == to, "after the switchover it runs on {to}");
-    let target = pair.replica(to, Role::Target)?.context("the target knows the VM")?;
-    ensure!(
-        target.phase == Phase::Active,
-        "the target's replica is active: {target:?}"
-    );
+    // The guest runs before the target has written down that it does, and its phase is told after that.
+    wait_for("the target's replica to be active", Duration::from_secs(30), || {
+        let target = pair.replica(to, Role::Target)?.context("the target knows the VM")?;
+        Ok((target.phase == Phase::Active).then_some(()))
+    })?;
     let after = vm::stats(&pair.lab.client, pair.vm.spec.ip)?;
     ensure!(
         after.counter > before.counter,
         "the guest's counter went on: {before:?} {after:?}"
     );
     ensure!(pair.errors()? == 0, "no pattern error");
-    let watched = switchovers_ms(
-        &pair
-            .copies
-            .turns()
-            .into_iter()
-            .filter(|t| t.at_us >= start_us)
-            .collect::<Vec<_>>(),
-    );
+    // Each copy's events are read when the watcher comes to it.
+    let watched = wait_for("the watcher to see the switchover", Duration::from_secs(30), || {
+        let mut turns = pair.copies.turns();
+        turns.retain(|t| t.at_us >= start_us);
+        Ok(Some(switchovers_ms(&turns)).filter(|w| !w.is_empty()))
+    })?;
     println!(
         "{from} to {to}: seed {} ms, {} bytes sent, guest stopped {:.1} ms (reported), {watched:.1?} ms (watched), order to running {:.1} ms",
         warm.progress.seed_ms.unwrap_or(0),
@@ -134,7 +128,7 @@ fn a_released_vm_is_as_it_was() {
             pair.release()?;
             pair.wait_alone()?;
             ensure!(pair.wait_runs()? == "a", "it runs where it ran");
-            wait_for("the shadow's files to be gone", Duration::from_secs(10), || {
+            wait_for("the shadow's files to be gone", Duration::from_secs(60), || {
                 Ok(pair.ram_files("b")?.is_empty().then_some(()))
             })?;
         }
@@ -200,7 +194,7 @@ fn orders_that_make_no_sense_are_refused_by_name() {
         for _ in 0..3 {
             a.send(&order)?.map_err(anyhow::Error::from)?;
         }
-        wait_for("the VM to run on b", Duration::from_secs(20), || {
+        wait_for("the VM to run on b", Duration::from_secs(60), || {
             Ok((pair.running_on() == ["b"]).then_some(()))
         })?;
         a.send(&order)?.map_err(anyhow::Error::from)?;

@@ -17,9 +17,9 @@ use super::vm::{self, Console, GuestImage, Vm, VmSpec};
 
 const NEEDED: [&str; 2] = ["umbra", "umbra-replicator"];
 /// TCG on one busy core; none of these is a measurement.
-const SEED: Duration = Duration::from_secs(60);
-const SWITCH: Duration = Duration::from_secs(20);
-const SETTLE: Duration = Duration::from_secs(40);
+const SEED: Duration = Duration::from_secs(90);
+const SWITCH: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(60);
 const SCRUB: Duration = Duration::from_secs(90);
 
 pub struct Pair {
@@ -187,9 +187,18 @@ impl Pair {
             .with_context(|| format!("no replicator on {host}"))
     }
 
-    /// Hosts on which a copy of the VM runs right now.
+    /// Hosts on which a copy of the VM ran when the watcher last looked. It looks a few times a second: wait for what is expected,
+    /// a single answer may be of the moment before.
     pub fn running_on(&self) -> Vec<String> {
         self.copies.running()
+    }
+
+    /// Waits until no copy runs anywhere.
+    pub fn wait_stands_still(&self) -> Result<()> {
+        wait_for("no copy to run", SETTLE, || {
+            self.at_most_one()?;
+            Ok(self.running_on().is_empty().then_some(()))
+        })
     }
 
     /// Waits until the VM runs on one host, answers, and goes on doing so; returns the host.
