@@ -1,6 +1,6 @@
 //! CPU load, of two kinds.
 //!
-//! [`Burner`] follows a schedule: each 20 ms it takes its share of CPU time, measured by the thread's own CPU clock, and
+//! [`Burner`] follows a schedule, on each vCPU one: each 20 ms it takes its share of CPU time, measured by the thread's own CPU clock, and
 //! sleeps for the rest. [`Work`] is what one web request costs: a fixed number of loop rounds, calibrated at boot. It
 //! must not be measured by a clock: without a steal clock (TCG has none) the guest's clock runs on while the host runs
 //! somebody else, and a request that 'burns 2 ms' would look quick on a contended host.
@@ -53,7 +53,7 @@ impl Burner {
         self.changed.notify_all();
     }
 
-    /// The share of one vCPU that is wanted now.
+    /// The share of each vCPU that is wanted now.
     pub fn share(&self) -> f64 {
         let plan = self.lock();
         plan.schedule.share_at(plan.start.elapsed().as_secs_f64())

@@ -105,10 +105,10 @@ fn configure_network(options: &Options) -> io::Result<()> {
 }
 
 fn start_services(state: &Arc<State>) {
-    spawn("burner", {
+    for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
         let state = state.clone();
-        move || state.burner.run()
-    });
+        spawn("burner", move || state.burner.run());
+    }
     match TcpListener::bind((Ipv4Addr::UNSPECIFIED, 80)) {
         Ok(listener) => spawn("http", {
             let state = state.clone();

@@ -1,4 +1,4 @@
-//! A load over time: `0:0.10,20:0.10,80:0.95` are seconds and the share of one vCPU, linear in between; the last value holds.
+//! A load over time: `0:0.10,20:0.10,80:0.95` are seconds and the share of each vCPU, linear in between; the last value holds.
 
 use std::str::FromStr;
 
@@ -18,7 +18,7 @@ impl Schedule {
         }
     }
 
-    /// The share of one vCPU wanted `seconds` after the schedule's start.
+    /// The share of each vCPU wanted `seconds` after the schedule's start.
     pub fn share_at(&self, seconds: f64) -> f64 {
         let mut before: Option<(f64, f64)> = None;
         for &(time, share) in &self.points {

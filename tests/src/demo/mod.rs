@@ -55,7 +55,11 @@ pub fn run(options: &Options) -> Result<()> {
         "Two hosts of one core each, a web VM and a neighbour on host a, and a client who asks the web VM {} times a second.",
         plan.per_second
     );
-    say!("The neighbour's load: {}", plan.words());
+    say!(
+        "The neighbour's load, on each of its {} vCPUs: {}",
+        plan.neighbour_vcpus,
+        plan.words()
+    );
     say!("");
     let plain = if options.umbra_only {
         Plain::default()

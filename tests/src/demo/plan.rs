@@ -2,13 +2,14 @@
 
 use super::scene::CONTENDED_MS;
 
-/// Seconds since the start, and the share of one vCPU.
+/// Seconds since the start, and the share of each vCPU.
 pub type Point = (f64, f64);
 
 #[derive(Clone, PartialEq, Debug)]
 pub struct Plan {
     /// What the neighbour burns.
     pub neighbour: Vec<Point>,
+    pub neighbour_vcpus: u32,
     /// Requests to the web VM a second.
     pub per_second: u32,
     /// CPU time of one request.
@@ -26,13 +27,15 @@ impl Default for Plan {
         Self {
             // The slow part is for the forecaster to see, the steep one is what it saves the web VM from.
             neighbour: vec![
-                (0.0, 0.04),
-                (14.0, 0.04),
-                (50.0, 0.31),
-                (62.0, 0.95),
+                (0.0, 0.02),
+                (14.0, 0.02),
+                (50.0, 0.15),
+                (58.0, 0.95),
                 (78.0, 0.95),
-                (84.0, 0.04),
+                (84.0, 0.02),
             ],
+            // At its peak two threads want the one core that the web VM runs on: it gets a third.
+            neighbour_vcpus: 2,
             per_second: 20,
             work_us: 8_000,
             dirty: 300,
@@ -63,8 +66,9 @@ impl Plan {
     /// How the RPS is to decide. The defaults are made for days, this day has three minutes.
     pub fn policy(&self) -> String {
         format!(
-            "\n[contention]\n\
-             threshold = 0.4\n\
+            "horizon_slots = 40\n\
+             \n[contention]\n\
+             threshold = 0.3\n\
              limit_ms_per_s = {CONTENDED_MS:.1}\n\
              max_history_slots = 25\n\
              \n[policy]\n\
@@ -77,7 +81,7 @@ impl Plan {
              min_standby_s = 60.0\n\
              calm_slots = 5\n\
              calm_probability = 0.3\n\
-             min_stay_s = 10.0\n\
+             min_stay_s = 45.0\n\
              cooldown_s = 5.0\n\
              vms = [{{ vm = \"neighbour\", protect = false }}]\n"
         )

@@ -51,6 +51,16 @@ struct Plan {
     start: Instant,
 }
 
+impl Plan {
+    /// When a request is due: somewhere in its period, not at the same point of each. Evenly spaced requests would meet a
+    /// neighbour that works in a rhythm of its own in the same phase for a whole run, and in another one in the next.
+    fn due(&self, number: u32) -> Instant {
+        let mixed = number.wrapping_mul(0x9e37_79b9) ^ (number.wrapping_mul(0x85eb_ca6b) >> 13);
+        let share = f64::from(mixed >> 8) / f64::from(1 << 24);
+        self.start + self.period * number + self.period.mul_f64(share)
+    }
+}
+
 impl Client {
     pub fn start(ns: &Netns, to: Ipv4Addr, per_second: u32, keep_alive: bool) -> Result<Self> {
         let plan = Plan {
@@ -99,8 +109,9 @@ fn ask(ns: &Netns, plan: Plan, lane: u32, stop: &AtomicBool, book: &Mutex<Book>)
         eprintln!("the client shares its CPU with the hosts, and so do its figures: {e}");
     }
     let mut connection = None;
-    let mut due = plan.start + plan.period * lane;
+    let mut number = lane;
     while !stop.load(Ordering::Relaxed) {
+        let due = plan.due(number);
         let left = due.saturating_duration_since(Instant::now());
         if !left.is_zero() {
             std::thread::sleep(left.min(Duration::from_millis(200)));
@@ -119,7 +130,7 @@ fn ask(ns: &Netns, plan: Plan, lane: u32, stop: &AtomicBool, book: &Mutex<Book>)
                 book.last_error = Some(format!("{e:#}"));
             }
         }
-        due += plan.period * LANES;
+        number = number.wrapping_add(LANES);
     }
 }
 
@@ -175,6 +186,28 @@ fn ms(d: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_request_is_due_somewhere_in_its_own_period() {
+        let (start, period) = (Instant::now(), Duration::from_millis(50));
+        let plan = Plan {
+            to: Ipv4Addr::LOCALHOST,
+            period,
+            keep_alive: true,
+            start,
+        };
+        let offsets: Vec<Duration> = (0..2_000)
+            .map(|n| plan.due(n).duration_since(start + period * n))
+            .collect();
+        assert!(offsets.iter().all(|o| *o < period), "an interval has one request");
+        for tenth in 0..10 {
+            let within = offsets.iter().filter(|o| o.as_millis() / 5 == tenth).count();
+            assert!(
+                (150..=250).contains(&within),
+                "{within} of 2000 in tenth {tenth}: no phase is preferred"
+            );
+        }
+    }
 
     #[test]
     fn quality_of_known_answers() {
