@@ -97,6 +97,82 @@ pub struct Progress {
     pub lag_ms: u64,
     pub dirty_pages_per_s: u64,
     pub estimated_downtime_ms: Option<f64>,
+    /// How the pages travelled that QEMU sent so far.
+    pub pages: PageKinds,
+}
+
+/// How pages travelled, by kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PageKinds {
+    /// Nothing but zeros: a number.
+    pub zero: PageCount,
+    /// QEMU sent it again as it was: nothing travelled.
+    pub same: PageCount,
+    /// Another page of the target has its bytes: that one's number.
+    pub known: PageCount,
+    /// The change of the version sent before.
+    pub delta: PageCount,
+    /// Whole, in compressed batches.
+    pub zstd: PageCount,
+    /// Whole, in batches that did not get smaller.
+    pub raw: PageCount,
+}
+
+/// Pages of one kind, and their share of the batches' bytes: what a batch takes, its head included, is shared out by what its
+/// pages took before compression.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct PageCount {
+    pub pages: u64,
+    pub bytes: u64,
+}
+
+impl PageCount {
+    pub fn add(&mut self, bytes: u64) {
+        self.pages += 1;
+        self.bytes += bytes;
+    }
+}
+
+impl PageKinds {
+    pub fn all(&self) -> [(&'static str, PageCount); 6] {
+        [
+            ("zero", self.zero),
+            ("same", self.same),
+            ("known", self.known),
+            ("delta", self.delta),
+            ("zstd", self.zstd),
+            ("raw", self.raw),
+        ]
+    }
+
+    pub fn all_mut(&mut self) -> [&mut PageCount; 6] {
+        [
+            &mut self.zero,
+            &mut self.same,
+            &mut self.known,
+            &mut self.delta,
+            &mut self.zstd,
+            &mut self.raw,
+        ]
+    }
+
+    pub fn pages(&self) -> u64 {
+        self.all().iter().map(|(_, c)| c.pages).sum()
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.all().iter().map(|(_, c)| c.bytes).sum()
+    }
+}
+
+impl std::ops::AddAssign for PageKinds {
+    fn add_assign(&mut self, other: Self) {
+        for (to, (_, more)) in self.all_mut().into_iter().zip(other.all()) {
+            to.pages += more.pages;
+            to.bytes += more.bytes;
+        }
+    }
 }
 
 /// One switchover, as the source saw it. Times that compare two hosts' clocks say so.

@@ -10,11 +10,16 @@ use umbra_api::HostId;
 use umbra_daemon::config::{Check, Invalid};
 
 use crate::adopt::Storage;
+use crate::encode;
 use crate::launch::LaunchConfig;
 use crate::limits::Limits;
 use crate::link::Security;
 use crate::link::tls::{Files, Tls};
 use crate::proc::Scope;
+
+/// Beyond it zstd takes several times as long for a few percent.
+const ZSTD_LEVEL_MAX: i32 = 6;
+const DELTA_CACHE_MIB_MAX: u32 = 64 << 10;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,8 +77,12 @@ pub struct Link {
     pub tls: Option<Files>,
     /// No encryption and no proof of who speaks, for a network that nobody else is on. Instead of `tls`.
     pub plaintext: bool,
-    /// zstd's level, 1 to 19. Pages that do not shrink travel as they are.
+    /// zstd's lowest level, 1 to 19, and the highest (absent: 6, or the lowest if that is more): it follows the link's speed and the CPU's in
+    /// between. Pages that do not shrink travel as they are.
     pub zstd_level: i32,
+    pub zstd_level_max: Option<i32>,
+    /// Memory of the source, for each VM that it protects, for the versions of pages that deltas are made against. 0: no deltas.
+    pub delta_cache_mib: u32,
     /// Megabits a second that all protections of this host may send together. Absent: as fast as it goes.
     pub bandwidth_mbit: Option<u32>,
     /// The last pass of a switchover, in which the guest stands still, keeps to it too.
@@ -89,11 +98,49 @@ impl Default for Link {
             tls: None,
             plaintext: false,
             zstd_level: 1,
+            zstd_level_max: None,
+            delta_cache_mib: 64,
             bandwidth_mbit: None,
             bandwidth_in_switchover: false,
             connect_timeout_ms: 3_000,
             silence_ms: 10_000,
         }
+    }
+}
+
+impl Link {
+    pub fn encoding(&self) -> encode::Settings {
+        encode::Settings {
+            level_min: self.zstd_level,
+            level_max: self.zstd_level_max.unwrap_or(ZSTD_LEVEL_MAX.max(self.zstd_level)),
+            delta_cache_bytes: (self.delta_cache_mib as usize) << 20,
+        }
+    }
+
+    fn check(&self) -> Result<(), Invalid> {
+        let encoding = self.encoding();
+        let (low, high) = (encoding.level_min, encoding.level_max);
+        if !(1..=19).contains(&low) {
+            return Err(Invalid::new(
+                "link.zstd_level",
+                format!("{low} is not between 1 and 19"),
+            ));
+        }
+        if !(low..=19).contains(&high) {
+            let why = format!("{high} is not between zstd_level ({low}) and 19");
+            return Err(Invalid::new("link.zstd_level_max", why));
+        }
+        if self.delta_cache_mib > DELTA_CACHE_MIB_MAX {
+            let why = format!("{} is more than {DELTA_CACHE_MIB_MAX}", self.delta_cache_mib);
+            return Err(Invalid::new("link.delta_cache_mib", why));
+        }
+        if self.bandwidth_mbit == Some(0) {
+            return Err(Invalid::new(
+                "link.bandwidth_mbit",
+                "0 is no bandwidth; leave it out for no limit",
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -195,18 +242,7 @@ impl Check for Config {
                 format!("{} is set aside for two disks", path.display()),
             ));
         }
-        if !(1..=19).contains(&self.link.zstd_level) {
-            return Err(Invalid::new(
-                "link.zstd_level",
-                format!("{} is not between 1 and 19", self.link.zstd_level),
-            ));
-        }
-        if self.link.bandwidth_mbit == Some(0) {
-            return Err(Invalid::new(
-                "link.bandwidth_mbit",
-                "0 is no bandwidth; leave it out for no limit",
-            ));
-        }
+        self.link.check()?;
         let times = [
             ("link.connect_timeout_ms", self.link.connect_timeout_ms),
             ("link.silence_ms", self.link.silence_ms),
@@ -230,7 +266,14 @@ mod tests {
     #[test]
     fn defaults_and_errors() {
         let c: Config = config::parse(Path::new("r.toml"), "host = 'a'\n[link]\nplaintext = true\n").unwrap();
-        assert_eq!((c.listen.port(), c.link.zstd_level), (7403, 1));
+        let encoding = c.link.encoding();
+        assert_eq!((c.listen.port(), encoding.level_min, encoding.level_max), (7403, 1, 6));
+        let high: Config = config::parse(
+            Path::new("r.toml"),
+            "host = 'a'\n[link]\nplaintext = true\nzstd_level = 9\n",
+        )
+        .unwrap();
+        assert_eq!(high.link.encoding().level_max, 9);
         let error = |text: &str| {
             config::parse::<Config>(Path::new("r.toml"), text)
                 .unwrap_err()
@@ -243,6 +286,10 @@ mod tests {
         );
         let e = error("host = 'a'\n[link]\nzstd_level = 77\n");
         assert_eq!(e, "r.toml: link.zstd_level: 77 is not between 1 and 19");
+        let e = error("host = 'a'\n[link]\nzstd_level = 7\nzstd_level_max = 6\n");
+        assert_eq!(e, "r.toml: link.zstd_level_max: 6 is not between zstd_level (7) and 19");
+        let e = error("host = 'a'\n[link]\ndelta_cache_mib = 70000\n");
+        assert_eq!(e, "r.toml: link.delta_cache_mib: 70000 is more than 65536");
         let e = error("host = 'a'\n[link]\nbandwidth_mbit = 0\n");
         assert!(e.starts_with("r.toml: link.bandwidth_mbit: 0 "), "{e}");
         assert!(error("host = 'a'\nhots = 1\n").contains("hots"));

@@ -17,6 +17,13 @@ struct Labels {
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct KindLabels {
+    vm: String,
+    name: String,
+    kind: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 struct PhaseLabels {
     vm: String,
     name: String,
@@ -94,5 +101,81 @@ pub fn registry(replicas: &[ReplicaStatus]) -> Registry {
             .set(1);
     }
     registry.register("umbra_replica_phase", "1 for the phase in which a replica is", phases);
+    pages(&mut registry, replicas);
     registry
+}
+
+/// How pages travelled: the source knows.
+fn pages(registry: &mut Registry, replicas: &[ReplicaStatus]) {
+    let (pages, bytes) = (
+        Family::<KindLabels, Gauge>::default(),
+        Family::<KindLabels, Gauge>::default(),
+    );
+    for r in replicas.iter().filter(|r| r.role == Role::Source) {
+        for (kind, count) in r.progress.pages.all() {
+            let labels = KindLabels {
+                vm: r.vm.to_string(),
+                name: r.name.clone(),
+                kind,
+            };
+            pages.get_or_create(&labels).set(count.pages as i64);
+            bytes.get_or_create(&labels).set(count.bytes as i64);
+        }
+    }
+    registry.register(
+        "umbra_replica_sent_pages",
+        "Pages of QEMU's stream by how they travelled: zero, same (not at all), known, delta, zstd, raw",
+        pages,
+    );
+    registry.register(
+        "umbra_replica_sent_page_bytes",
+        "Their bytes on the link; those of a batch are shared out by what its pages took before compression",
+        bytes,
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_api::replica::{Phase, Progress};
+    use umbra_api::{Epoch, VmId};
+
+    use super::*;
+
+    #[test]
+    fn kinds_of_pages_are_told_for_the_source() {
+        let mut progress = Progress::default();
+        progress.pages.delta.add(40);
+        progress.pages.delta.add(2);
+        let status = |role| ReplicaStatus {
+            vm: VmId(uuid::Uuid::nil()),
+            name: "web".into(),
+            role,
+            peer: "b".parse().unwrap(),
+            epoch: Epoch(1),
+            phase: Phase::Standby,
+            since: umbra_api::UnixMs(0),
+            tier: None,
+            progress,
+            report: None,
+            disks: Vec::new(),
+            error: None,
+        };
+        let mut text = String::new();
+        let registry = registry(&[status(Role::Source), status(Role::Target)]);
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let told = |name: &str| -> Vec<&str> { text.lines().filter(|l| l.starts_with(name)).collect() };
+        let pages = told("umbra_replica_sent_pages{");
+        assert_eq!(pages.len(), 6);
+        assert!(
+            pages.iter().any(|l| l.contains("kind=\"delta\"") && l.ends_with("} 2")),
+            "{pages:?}"
+        );
+        let bytes = told("umbra_replica_sent_page_bytes{");
+        assert!(
+            bytes
+                .iter()
+                .any(|l| l.contains("kind=\"delta\"") && l.ends_with("} 42")),
+            "{bytes:?}"
+        );
+    }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use umbra_api::wire::setup::StreamSetup;
-use umbra_replicator::encode::{Decoder, Encoder};
+use umbra_replicator::encode::{self, Decoder, Encoder};
 use umbra_replicator::pacing::{Action, Pacer, Settings};
 use umbra_replicator::qmp::{Client, Mark};
 use umbra_replicator::ram::{RamFile, ShadowRam};
@@ -153,7 +153,13 @@ impl Ends {
                 let file = RamFile::open_or_create(file, MIB << 20)?;
                 self.ram = Some(ShadowRam::new(s, vec![("pc.ram".into(), file)])?);
                 self.setup = Some(s.clone());
-                (self.encoder, self.decoder) = (Some(Encoder::new(1)?), Some(Decoder::new()?));
+                let mut encoder = Encoder::new(encode::Settings {
+                    level_min: 1,
+                    level_max: 3,
+                    delta_cache_bytes: 16 << 20,
+                })?;
+                encoder.setup(s);
+                (self.encoder, self.decoder) = (Some(encoder), Some(Decoder::new()?));
                 self.covered = vec![false; PAGES];
             }
             Event::Ping(n) => self.pings.push(n),

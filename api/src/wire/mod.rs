@@ -16,17 +16,18 @@
 //! A side in clear that is greeted in TLS answers with a preamble, one in TLS that is greeted in clear with a TLS alert: each
 //! can tell by the first byte what the other one is. Preambles begin with 0x55, TLS records with 0x14 to 0x17, frames with less.
 //!
-//! Versions: 1, the first.
+//! Versions: 1, the first. 2, batches of pages tell known pages and deltas, in runs, with a sum over the decoded pages.
 
 pub mod control;
 pub mod frame;
 pub mod pages;
 pub mod setup;
+pub mod varint;
 
 use std::fmt;
 
 /// The version spoken here. A peer that speaks another one is refused by number.
-pub const LINK_VERSION: u16 = 1;
+pub const LINK_VERSION: u16 = 2;
 
 const MAGIC: &[u8; 8] = b"UMBRALNK";
 
@@ -89,6 +90,8 @@ pub enum WireError {
     Trailing { what: &'static str, extra: usize },
     #[error("{what} is {value}, at most {max} is possible")]
     OutOfRange { what: &'static str, value: u64, max: u64 },
+    #[error("a number in a {0} does not end")]
+    Varint(&'static str),
     #[error("control message: {0}")]
     Json(String),
     #[error("{0:?} is no name of a RAM block")]
@@ -153,6 +156,18 @@ impl<'a> Reader<'a> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
         Ok(out)
+    }
+
+    /// The next bytes, in place.
+    fn chunk<const N: usize>(&mut self) -> Result<&'a [u8; N], WireError> {
+        let have = self.bytes.len();
+        let (head, tail) = self.bytes.split_first_chunk().ok_or(WireError::Truncated {
+            what: self.what,
+            need: N,
+            have,
+        })?;
+        self.bytes = tail;
+        Ok(head)
     }
 
     fn u16(&mut self) -> Result<u16, WireError> {

@@ -10,11 +10,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::unistd::gettid;
+use umbra_api::replica::PageKinds;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 
 use super::machine::Input;
 use super::session::Event;
-use crate::encode::Encoder;
+use crate::encode::{self, Encoder};
 use crate::engine::Core;
 use crate::limits::Throttle;
 use crate::link::{FrameWriter, LinkError, WriteHalf};
@@ -34,6 +35,8 @@ pub struct Shared {
     /// Bytes of guest RAM read so far, in the first pass.
     pub seeded_bytes: AtomicU64,
     pub wire_bytes: AtomicU64,
+    /// How pages travelled.
+    pub pages: Mutex<PageKinds>,
     /// The pump's thread.
     pub thread: AtomicI32,
 }
@@ -79,7 +82,7 @@ impl From<LinkError> for PumpError {
 pub struct Pump {
     pub socket: UnixStream,
     pub ram: FrameWriter<WriteHalf>,
-    pub level: i32,
+    pub encoding: encode::Settings,
     pub pacing: Settings,
     pub core: Arc<Core>,
     pub shared: Arc<Shared>,
@@ -104,7 +107,7 @@ impl Pump {
         let mut socket = self.socket;
         let mut parser = Parser::new(Limits::default());
         let mut out = Out {
-            encoder: Encoder::new(self.level).map_err(PumpError::Pack)?,
+            encoder: Encoder::new(self.encoding).map_err(PumpError::Pack)?,
             ram: self.ram,
             pacer: Pacer::new(self.pacing, Instant::now()),
             core: self.core,
@@ -157,6 +160,7 @@ impl Out {
             stream::Event::Setup(setup) => {
                 let payload = setup.encode().map_err(|e| PumpError::Stream(e.into()))?;
                 self.ram.send(Kind::Setup, &payload)?;
+                self.encoder.setup(setup);
                 let _ = self.events.send(Event::Setup {
                     ram_bytes: setup.ram_bytes(),
                 });
@@ -214,6 +218,7 @@ impl Out {
         self.encoder
             .flush(&mut send)
             .map_err(|e| PumpError::Link(e.to_string()))?;
+        self.encoder.tick();
         let end = RoundEnd {
             round: round.number,
             pages: round.pages,
@@ -225,14 +230,14 @@ impl Out {
 
     fn count(&self) {
         self.shared.wire_bytes.store(self.ram.bytes(), Ordering::Relaxed);
+        *self.shared.pages.lock().unwrap_or_else(PoisonError::into_inner) = self.encoder.stats();
     }
 
     /// Tells the pacer what it can't see by itself, and rests if a round has ended.
     fn between_reads(&mut self, socket: &UnixStream, received: u64) -> Result<(), PumpError> {
         if self.pacer.is_seeding() {
             self.count();
-            let stats = self.encoder.stats();
-            let seen = (stats.pages + stats.zeros) * stream::items::PAGE_SIZE as u64;
+            let seen = self.encoder.stats().pages() * stream::items::PAGE_SIZE as u64;
             self.shared.seeded_bytes.store(seen, Ordering::Relaxed);
             let syncs = self.shared.syncs.load(Ordering::Acquire);
             self.pacer.synced(syncs, received + waiting(socket)?);

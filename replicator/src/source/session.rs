@@ -268,7 +268,7 @@ impl Session {
         let pump = Pump {
             socket,
             ram,
-            level: self.core.config.link.zstd_level,
+            encoding: self.core.config.link.encoding(),
             pacing: Settings {
                 rest: Duration::from_millis(plan.pacing.round_ms),
                 ..Settings::default()
@@ -760,6 +760,7 @@ impl Session {
         let (report, phase) = (self.report, self.machine.phase());
         self.progress.seeded_bytes = self.pump.seeded_bytes.load(Ordering::Relaxed);
         self.progress.wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);
+        self.progress.pages = *self.pump.pages.lock().unwrap_or_else(PoisonError::into_inner);
         self.progress.lag_ms = self.last_round.map_or(0, |t| t.elapsed().as_millis() as u64);
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.progress = self.progress;

@@ -9,7 +9,7 @@ use umbra_api::wire::control::Message;
 use umbra_api::wire::frame::RoundEnd;
 use umbra_api::wire::setup::{Block, StreamSetup};
 use umbra_api::wire::{Purpose, encode_preamble};
-use umbra_replicator::encode::Encoder;
+use umbra_replicator::encode::{Encoder, Settings};
 use umbra_replicator::stream::compose::Composer;
 use umbra_replicator::stream::items::command;
 
@@ -88,7 +88,12 @@ fn frames() -> Result<Vec<(u8, Vec<u8>)>> {
         (0, Message::Commit { epoch: Epoch(3) }.encode()),
     ];
     for level in [0, 1] {
-        let mut e = Encoder::new(level)?;
+        let mut e = Encoder::new(Settings {
+            level_min: level,
+            level_max: level,
+            delta_cache_bytes: 1 << 20,
+        })?;
+        e.setup(&setup());
         let mut keep = |p: &[u8]| {
             out.push((1, p.to_vec()));
             Ok(())
@@ -96,6 +101,13 @@ fn frames() -> Result<Vec<(u8, Vec<u8>)>> {
         e.page(0, 3, Some(&[5; 4096]), &mut keep)?;
         e.page(0, 4, None, &mut keep)?;
         e.page(1, 1, Some(&[6; 4096]), &mut keep)?;
+        // A known page, and from the third version on a delta.
+        e.page(0, 5, Some(&[5; 4096]), &mut keep)?;
+        let mut changing = [5; 4096];
+        for n in 7..10 {
+            changing[100] = n;
+            e.page(0, 3, Some(&changing), &mut keep)?;
+        }
         e.flush(&mut keep)?;
     }
     out.push((2, RoundEnd { round: 1, pages: 2 }.encode().to_vec()));
