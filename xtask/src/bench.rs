@@ -25,6 +25,10 @@ const BENCHES: &[(&str, Runner)] = &[
         "link",
         Runner::Cargo(&["-p", "umbra-replicator", "--example", "bench_link"]),
     ),
+    (
+        "pages",
+        Runner::Cargo(&["-p", "umbra-replicator", "--example", "bench_pages"]),
+    ),
     ("switchover", Runner::Lab(None)),
     ("standby", Runner::Lab(None)),
     ("agent", Runner::Lab(Some("prometheus-process-exporter"))),
