@@ -3,7 +3,7 @@
 use jiff::tz::TimeZone;
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Progress, SwitchoverReport};
+use umbra_api::replica::{PageKinds, Progress, SwitchoverReport};
 use umbra_api::view::*;
 use umbra_api::{DecisionId, Epoch, UnixMs, VmId};
 
@@ -123,6 +123,7 @@ pub fn vm() -> VmView {
             lag_ms: 340,
             dirty_pages_per_s: 424,
             estimated_downtime_ms: Some(9.4),
+            pages: PageKinds::default(),
         }),
         last_switchover: Some(SwitchoverReport {
             at: NOW.plus_ms(-60_000),
