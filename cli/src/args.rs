@@ -93,6 +93,12 @@ pub enum Command {
     /// Certificates for the replicators' link, where you have no CA of your own. Asks no RPS
     #[command(subcommand)]
     Pki(PkiCommand),
+    /// Check whether this host has what Umbra needs, and say what to do where it has not. Asks no RPS
+    Doctor {
+        /// The replicator's ram_dir
+        #[arg(long, value_name = "DIR", default_value = "/dev/shm/umbra")]
+        ram_dir: PathBuf,
+    },
 }
 
 #[derive(Subcommand, Debug)]

@@ -1,22 +1,58 @@
 //! A command: ask the RPS, then print its JSON or draw it. Each returns the text for standard output.
 
+use std::path::Path;
+
 use umbra_api::view::{DecisionView, LifecycleEvent, ModeRequest, ShadowRequest, StatusView, VmSummary, VmView};
 use umbra_daemon::http::Method;
 
 use crate::args::{Args, Command, ModeArg, PkiCommand, ShadowCommand, Since, VmCommand};
+use crate::doctor;
 use crate::error::Error;
 use crate::pki;
 use crate::render::{self, Look};
 use crate::rps::Rps;
 
-pub async fn run(args: &Args, look: &Look) -> Result<String, Error> {
+/// Text for standard output, and whether what was asked for is so.
+pub struct Answer {
+    pub text: String,
+    pub good: bool,
+}
+
+impl From<String> for Answer {
+    fn from(text: String) -> Self {
+        Self { text, good: true }
+    }
+}
+
+pub async fn run(args: &Args, look: &Look) -> Result<Answer, Error> {
+    match &args.command {
+        Command::Pki(command) => make(command, args.json).map(Answer::from),
+        Command::Doctor { ram_dir } => Ok(examine(ram_dir, args.json, look)),
+        command => ask(args, command, look).await.map(Answer::from),
+    }
+}
+
+/// This host, as it is.
+fn examine(ram_dir: &Path, json: bool, look: &Look) -> Answer {
+    let checks = doctor::all(&doctor::Facts::read(ram_dir));
+    let text = match json {
+        true => serde_json::to_string(&checks).unwrap_or_default(),
+        false => look.pairs(doctor::rows(&checks)),
+    };
+    Answer {
+        text,
+        good: doctor::fit(&checks),
+    }
+}
+
+async fn ask(args: &Args, command: &Command, look: &Look) -> Result<String, Error> {
     let rps = Rps::new(&args.rps, args.timeout)?;
     let ask = Ask {
         rps: &rps,
         json: args.json,
         look,
     };
-    match &args.command {
+    match command {
         Command::Status => ask.status().await,
         Command::Vm(VmCommand::List) => ask.vm_list().await,
         Command::Vm(VmCommand::Show { vm }) => ask.vm_show(vm).await,
@@ -25,7 +61,8 @@ pub async fn run(args: &Args, look: &Look) -> Result<String, Error> {
         Command::Mode { mode } => ask.mode(*mode).await,
         Command::Events { vm, since, limit } => ask.events(vm.as_deref(), *since, *limit).await,
         Command::Decisions { vm, limit } => ask.decisions(vm.as_deref(), *limit).await,
-        Command::Pki(command) => make(command, args.json),
+        // Answered before anybody is asked.
+        Command::Pki(_) | Command::Doctor { .. } => Ok(String::new()),
     }
 }
 

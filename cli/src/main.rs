@@ -1,10 +1,12 @@
-//! `umbra`: the operator's command. It knows nothing but the RPS's HTTP API; certificates it makes by itself.
+//! `umbra`: the operator's command. It knows nothing but the RPS's HTTP API; certificates it makes by itself, and the host on which it
+//! stands it looks at itself.
 //!
 //! In reading order: [`args`], [`commands`] (one request, one answer), [`rps`] and [`vms`] (asking, and finding a VM by
-//! what was typed), [`render`] (views to text, pure), [`pki`], [`error`] (exit codes).
+//! what was typed), [`render`] (views to text, pure), [`pki`], [`doctor`], [`error`] (exit codes).
 
 mod args;
 mod commands;
+mod doctor;
 mod error;
 mod pki;
 mod render;
@@ -27,8 +29,9 @@ fn main() -> ExitCode {
         .map_err(Error::from)
         .and_then(|runtime| runtime.block_on(commands::run(&args, &Look::of_this_terminal())));
     match result {
-        Ok(text) => match print(&mut std::io::stdout().lock(), &text) {
-            Ok(()) => ExitCode::SUCCESS,
+        Ok(answer) => match print(&mut std::io::stdout().lock(), &answer.text) {
+            Ok(()) if answer.good => ExitCode::SUCCESS,
+            Ok(()) => ExitCode::FAILURE,
             Err(e) => {
                 tell(&format!("umbra: standard output: {e}"));
                 ExitCode::FAILURE

@@ -256,3 +256,26 @@ fn help_and_version_need_no_rps() {
     );
     assert_eq!(umbra("http://127.0.0.1:1", &["--version"]).code, 0);
 }
+
+const NOBODY: &str = "http://127.0.0.1:1";
+
+/// What it finds depends on the machine; that it answers by itself, readably, does not.
+#[test]
+fn the_doctor_looks_at_this_host_and_asks_nobody() {
+    let run = umbra(NOBODY, &["doctor"]);
+    assert!(run.code == 0 || run.code == 1, "{}", run.code);
+    for name in ["QEMU", "ram_dir", "swap", "cgroups"] {
+        assert!(run.out.contains(name), "no {name} in\n{}", run.out);
+    }
+    assert!(run.out.lines().all(|l| l.chars().count() <= 80), "{}", run.out);
+    let json = umbra(NOBODY, &["doctor", "--json", "--ram-dir", "/proc"]);
+    let checks: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    let ram = checks
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|c| c["name"] == "ram_dir")
+        .unwrap();
+    assert_eq!((json.code, ram["verdict"].as_str()), (1, Some("fail")), "{ram}");
+    assert!(ram["remedy"].as_str().unwrap().contains("tmpfs"));
+}

@@ -99,7 +99,7 @@ impl Look {
     }
 
     /// Names to the left, values to the right of them; indented, to stand under a headline.
-    fn pairs(&self, rows: Vec<(&str, String)>) -> String {
+    pub fn pairs(&self, rows: Vec<(&str, String)>) -> String {
         let mut t = self.bare();
         t.add_rows(
             rows.into_iter()
