@@ -49,6 +49,9 @@ pub struct ReplicaStatus {
     pub phase: Phase,
     pub since: UnixMs,
     pub tier: Option<Tier>,
+    /// The shadow's RAM, told by the target while it waits and until all of it is back after a switchover.
+    #[serde(default)]
+    pub memory: Option<ShadowMemory>,
     pub progress: Progress,
     /// The last completed switchover, told by the source.
     pub report: Option<SwitchoverReport>,
@@ -57,6 +60,32 @@ pub struct ReplicaStatus {
     pub disks: Vec<DiskProgress>,
     /// Why the last attempt ended, in the words of whoever refused.
     pub error: Option<Refusal>,
+}
+
+/// How much RAM a waiting shadow takes on its host, and how fast it got back what its tier had taken.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ShadowMemory {
+    /// What the guest uses: all pages that are not zero.
+    pub used_bytes: u64,
+    /// Of it, what is in RAM; the rest waits in swap.
+    pub resident_bytes: u64,
+    /// What the tier leaves it; `null`: all. More can be resident: pages that the rounds change all the time stay.
+    pub limit_bytes: Option<u64>,
+    /// Why less than that can't be had: this host has no swap, or its pages can't be swapped.
+    pub not_shrunk: Option<String>,
+    /// The last rise to a higher tier.
+    pub promotion: Option<Promotion>,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Promotion {
+    pub at: UnixMs,
+    pub tier: Tier,
+    /// Read back from swap.
+    pub read_bytes: u64,
+    /// From the order until the tier's RAM was there.
+    pub took_ms: u64,
 }
 
 /// What a replicator keeps to while it runs: `GET` and `PUT /v1/limits`, and again from its configuration at SIGHUP.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::Stage;
 use crate::order::Tier;
-use crate::replica::{Progress, SwitchoverReport};
+use crate::replica::{Progress, ShadowMemory, SwitchoverReport};
 use crate::{DecisionId, Epoch, HostId, UnixMs, VmId};
 
 /// `observe` decides and records, and does nothing.
@@ -79,6 +79,9 @@ pub struct VmView {
     pub history: Vec<HistoryPoint>,
     pub forecast: Option<ForecastView>,
     pub progress: Option<Progress>,
+    /// What the shadow takes on its host.
+    #[serde(default)]
+    pub shadow_memory: Option<ShadowMemory>,
     pub last_switchover: Option<SwitchoverReport>,
     pub last_error: Option<String>,
     pub events: Vec<LifecycleEvent>,

@@ -15,6 +15,7 @@ use crate::launch::LaunchConfig;
 use crate::limits::Limits;
 use crate::link::Security;
 use crate::link::tls::{Files, Tls};
+use crate::memory::keeper::Shares;
 use crate::proc::Scope;
 
 /// Beyond it zstd takes several times as long for a few percent.
@@ -64,9 +65,56 @@ pub struct Config {
     /// The bridge for a NIC whose primary's tap is a port of none.
     pub default_bridge: Option<String>,
     #[serde(default)]
+    pub tiers: Tiers,
+    #[serde(default)]
     pub link: Link,
     #[serde(default)]
     pub switchover: Switchover,
+}
+
+/// What a shadow gets of its expected peak while it waits; a running VM has all of it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tiers {
+    /// Share of CPU and RAM, above 0 to 1, of a warm shadow (tier 0).
+    pub standby: f64,
+    /// The same when contention is near (tier 1).
+    pub armed: f64,
+    /// Let what is above the share of RAM wait in swap. Without swap nothing is shrunk, and the status says so.
+    pub shrink_ram: bool,
+}
+
+impl Default for Tiers {
+    fn default() -> Self {
+        let shares = Shares::default();
+        Self {
+            standby: shares.standby,
+            armed: shares.armed,
+            shrink_ram: shares.shrink_ram,
+        }
+    }
+}
+
+impl Tiers {
+    pub fn shares(&self) -> Shares {
+        Shares {
+            standby: self.standby,
+            armed: self.armed,
+            shrink_ram: self.shrink_ram,
+        }
+    }
+
+    fn check(&self) -> Result<(), Invalid> {
+        let shares = [("tiers.standby", self.standby), ("tiers.armed", self.armed)];
+        if let Some((key, share)) = shares.into_iter().find(|(_, s)| !(*s > 0.0 && *s <= 1.0)) {
+            return Err(Invalid::new(key, format!("{share} is not above 0 and at most 1")));
+        }
+        if self.armed < self.standby {
+            let why = format!("{} is below tiers.standby, {}", self.armed, self.standby);
+            return Err(Invalid::new("tiers.armed", why));
+        }
+        Ok(())
+    }
 }
 
 /// How the link behaves.
@@ -242,6 +290,7 @@ impl Check for Config {
                 format!("{} is set aside for two disks", path.display()),
             ));
         }
+        self.tiers.check()?;
         self.link.check()?;
         let times = [
             ("link.connect_timeout_ms", self.link.connect_timeout_ms),
@@ -292,6 +341,10 @@ mod tests {
         assert_eq!(e, "r.toml: link.delta_cache_mib: 70000 is more than 65536");
         let e = error("host = 'a'\n[link]\nbandwidth_mbit = 0\n");
         assert!(e.starts_with("r.toml: link.bandwidth_mbit: 0 "), "{e}");
+        let e = error("host = 'a'\n[tiers]\nstandby = 0\n");
+        assert_eq!(e, "r.toml: tiers.standby: 0 is not above 0 and at most 1");
+        let e = error("host = 'a'\n[tiers]\nstandby = 0.7\n");
+        assert_eq!(e, "r.toml: tiers.armed: 0.5 is below tiers.standby, 0.7");
         assert!(error("host = 'a'\nhots = 1\n").contains("hots"));
     }
 

@@ -653,6 +653,7 @@ fn admitted(record: &VmRecord, t: &TargetRecord) -> ReplicaStatus {
         phase: Phase::Provisioning,
         since: t.since,
         tier: None,
+        memory: None,
         progress: Progress::default(),
         report: None,
         disks: Vec::new(),

@@ -1,8 +1,8 @@
 //! One daemon a host: the source of the VMs that run here, the target of shadows that wait here.
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
-//! [`ram`], [`synth`], [`tap`], [`tier`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`], [`urgent`], disks by [`tunnel`]), what must not be forgotten
-//! ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
+//! [`ram`], [`synth`], [`tap`]), what it costs ([`tier`], [`memory`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`], [`urgent`],
+//! disks by [`tunnel`]), what must not be forgotten ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
 
 pub mod adopt;
 pub mod bucket;
@@ -14,6 +14,7 @@ pub mod journal;
 pub mod launch;
 pub mod limits;
 pub mod link;
+pub mod memory;
 pub mod metrics;
 pub mod pacing;
 pub mod proc;

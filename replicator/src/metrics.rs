@@ -35,7 +35,7 @@ type Float = Gauge<f64, AtomicU64>;
 type Value = fn(&ReplicaStatus) -> Option<f64>;
 
 /// Name, help, and where it comes from. All are gauges: a replica's counts begin again with each protection.
-const GAUGES: [(&str, &str, Value); 8] = [
+const GAUGES: [(&str, &str, Value); 12] = [
     ("umbra_replica_ram_bytes", "RAM of the VM, all blocks", |r| {
         Some(r.progress.ram_bytes as f64)
     }),
@@ -59,6 +59,26 @@ const GAUGES: [(&str, &str, Value); 8] = [
     ("umbra_replica_lag_seconds", "Age of the last complete round", |r| {
         Some(r.progress.lag_ms as f64 / 1e3)
     }),
+    (
+        "umbra_replica_shadow_used_bytes",
+        "What the shadow holds of the guest's RAM",
+        |r| r.memory.as_ref().map(|m| m.used_bytes as f64),
+    ),
+    (
+        "umbra_replica_shadow_resident_bytes",
+        "Of it, what is in RAM; the rest waits in swap",
+        |r| r.memory.as_ref().map(|m| m.resident_bytes as f64),
+    ),
+    (
+        "umbra_replica_shadow_limit_bytes",
+        "RAM that the tier leaves the shadow; absent: all",
+        |r| Some(r.memory.as_ref()?.limit_bytes? as f64),
+    ),
+    (
+        "umbra_replica_promotion_seconds",
+        "From the order of the last rise to a higher tier until its RAM was there",
+        |r| Some(r.memory.as_ref()?.promotion?.took_ms as f64 / 1e3),
+    ),
     (
         "umbra_replica_guest_stopped_seconds",
         "STOP to RESUME of the last switchover",
@@ -155,6 +175,7 @@ mod tests {
             phase: Phase::Standby,
             since: umbra_api::UnixMs(0),
             tier: None,
+            memory: None,
             progress,
             report: None,
             disks: Vec::new(),

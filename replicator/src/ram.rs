@@ -3,27 +3,27 @@
 //! A file is sparse where the guest's pages are zero, so that a shadow costs the target what the guest uses. Reading a hole
 //! of a mapped tmpfs file would fill it, so which pages are there is known from a bitmap and not by looking.
 //!
-//! While the shadow waits with `-S` and `-incoming`, its QEMU does not touch these files; this process is their only writer.
+//! While the shadow waits with `-S` and `-incoming`, its QEMU does not touch these files; this process is their only writer,
+//! through QEMU's own mapping ([`crate::memory::window`]).
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
-use memmap2::{MmapOptions, MmapRaw, UncheckedAdvice};
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 use umbra_api::wire::setup::StreamSetup;
 
+use crate::memory::pages::Pages;
+use crate::memory::window::Window;
+use crate::proc::ProcessId;
 use crate::stream::Page;
 use crate::stream::items::PAGE_SIZE;
 
 /// Most bytes that all blocks have together that are kept in memory: firmware flash is the largest, with 4 MB.
 pub const SMALL_BYTES_MAX: u64 = 64 << 20;
-
-/// What is unmapped at once: a fraction of a millisecond's work, and whole huge pages of the usual size.
-const UNMAP_BYTES: usize = 2 << 20;
 
 const ZERO_PAGE: Page = [0; PAGE_SIZE];
 
@@ -45,20 +45,29 @@ pub enum RamError {
     OutOfBlock { block: u16, page: u64, pages: u64 },
 }
 
-/// A block's pages in a file, mapped.
+/// A block's pages in a file.
 pub struct RamFile {
-    path: PathBuf,
-    file: File,
-    map: MmapRaw,
-    /// A bit for each page that is not a hole.
-    present: Vec<u64>,
-    /// Holes of one page can be punched: not in hugetlbfs.
-    punch: bool,
+    pages: Arc<Pages>,
 }
 
 impl RamFile {
-    /// Opens a file of exactly this size, or makes a new one, which is all zeros.
+    /// Opens a file of exactly this size, or makes a new one, which is all zeros, and maps it here.
     pub fn open_or_create(path: &Path, bytes: u64) -> Result<Self, RamError> {
+        Self::open(path, bytes, Window::own)
+    }
+
+    /// The same, but written through the mapping of the QEMU whose memory it is. Where that can't be, it is mapped here, and
+    /// charged to this process.
+    pub fn of_shadow(path: &Path, bytes: u64, qemu: ProcessId) -> Result<Self, RamError> {
+        Self::open(path, bytes, |file| {
+            Window::through(file, qemu).or_else(|e| {
+                tracing::warn!(path = %path.display(), "the shadow's RAM is charged to the replicator: {e}");
+                Window::own(file)
+            })
+        })
+    }
+
+    fn open(path: &Path, bytes: u64, window: impl FnOnce(&File) -> io::Result<Window>) -> Result<Self, RamError> {
         let io = |source| RamError::Io {
             path: path.to_owned(),
             source,
@@ -71,155 +80,105 @@ impl RamFile {
             .open(path)
             .map_err(io)?;
         let meta = file.metadata().map_err(io)?;
+        let size = |have, want| RamError::FileSize {
+            path: path.to_owned(),
+            have,
+            want,
+        };
         match meta.len() {
             0 => file.set_len(bytes).map_err(io)?,
-            have if have != bytes => {
-                return Err(RamError::FileSize {
-                    path: path.to_owned(),
-                    have,
-                    want: bytes,
-                });
-            }
+            have if have != bytes => return Err(size(have, bytes)),
             _ => {}
         }
         if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64) {
-            return Err(RamError::FileSize {
-                path: path.to_owned(),
-                have: bytes,
-                want: bytes.next_multiple_of(PAGE_SIZE as u64).max(PAGE_SIZE as u64),
-            });
+            let page = PAGE_SIZE as u64;
+            return Err(size(bytes, bytes.next_multiple_of(page).max(page)));
         }
-        let map = MmapOptions::new().map_raw(&file).map_err(io)?;
-        let pages = map.len() / PAGE_SIZE;
-        let present = vec![0; pages.div_ceil(64)];
-        let mut out = Self {
-            path: path.to_owned(),
-            file,
-            map,
-            present,
-            punch: meta.blksize() == PAGE_SIZE as u64,
-        };
+        let window = window(&file).map_err(io)?;
+        let pages = Pages::new(path, file, window, meta.blksize() == PAGE_SIZE as u64);
         if meta.len() != 0 {
-            out.find_data();
+            find_data(&pages);
         }
-        Ok(out)
+        Ok(Self { pages: Arc::new(pages) })
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.pages.path
     }
 
     pub fn bytes(&self) -> u64 {
-        self.map.len() as u64
+        self.pages.window.bytes() as u64
     }
 
-    fn pages(&self) -> usize {
-        self.map.len() / PAGE_SIZE
+    /// What this file shares with who keeps it in RAM or in swap.
+    pub fn shared(&self) -> Arc<Pages> {
+        self.pages.clone()
     }
 
     /// Bytes that the file takes up, as far as this process wrote it.
     pub fn present_bytes(&self) -> u64 {
-        self.present.iter().map(|w| u64::from(w.count_ones())).sum::<u64>() * PAGE_SIZE as u64
+        self.pages.present_bytes()
     }
 
-    /// Marks what an existing file holds. A file system that does not tell holes has none.
-    fn find_data(&mut self) {
-        let len = self.map.len() as i64;
-        let mut at = 0;
-        while at < len {
-            let (from, to) = match lseek(&self.file, at, Whence::SeekData) {
-                Ok(from) => (from, lseek(&self.file, from, Whence::SeekHole).unwrap_or(len)),
-                // Nothing but a hole up to the end.
-                Err(nix::errno::Errno::ENXIO) => return,
-                Err(_) => (at, len),
-            };
-            for page in from as usize / PAGE_SIZE..(to as usize).div_ceil(PAGE_SIZE) {
-                self.set_present(page, true);
-            }
-            at = to.max(at + 1);
+    /// Number of a page, if the file has it.
+    fn number(&self, page: u64) -> Option<usize> {
+        usize::try_from(page).ok().filter(|p| *p < self.pages.count())
+    }
+
+    fn failed(&self, source: io::Error) -> RamError {
+        RamError::Io {
+            path: self.pages.path.clone(),
+            source,
         }
-    }
-
-    fn is_present(&self, page: usize) -> bool {
-        self.present.get(page / 64).is_some_and(|w| w >> (page % 64) & 1 == 1)
-    }
-
-    fn set_present(&mut self, page: usize, on: bool) {
-        if let Some(w) = self.present.get_mut(page / 64) {
-            let bit = 1 << (page % 64);
-            *w = if on { *w | bit } else { *w & !bit };
-        }
-    }
-
-    /// Offset of a page, if the file has it.
-    fn offset(&self, page: u64) -> Option<usize> {
-        let page = usize::try_from(page).ok().filter(|p| *p < self.pages())?;
-        Some(page * PAGE_SIZE)
     }
 
     /// False if there is no such page.
-    fn write(&mut self, page: u64, data: &Page) -> bool {
-        let Some(at) = self.offset(page) else { return false };
-        // SAFETY: `at` is the offset of a whole page inside of the mapping, which lives as long as `self`; `data` is
-        // private memory, so the two do not overlap; `&mut self` makes this the only access of this process, and no
-        // reference into the mapping is ever made.
-        unsafe {
-            self.map
-                .as_mut_ptr()
-                .add(at)
-                .copy_from_nonoverlapping(data.as_ptr(), PAGE_SIZE)
+    fn write(&mut self, page: u64, data: &Page) -> Result<bool, RamError> {
+        let Some(page) = self.number(page) else {
+            return Ok(false);
         };
-        self.set_present(at / PAGE_SIZE, true);
-        true
+        self.pages.write(page, data).map(|()| true).map_err(|e| self.failed(e))
     }
 
-    fn zero(&mut self, page: u64) -> bool {
-        let Some(at) = self.offset(page) else { return false };
-        if !self.is_present(at / PAGE_SIZE) {
-            return true;
-        }
-        if self.punch {
-            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            self.punch = fallocate(&self.file, flags, at as i64, PAGE_SIZE as i64).is_ok();
-        }
-        if self.punch {
-            self.set_present(at / PAGE_SIZE, false);
-            return true;
+    fn zero(&mut self, page: u64) -> Result<bool, RamError> {
+        let Some(number) = self.number(page) else {
+            return Ok(false);
+        };
+        if !self.pages.present.get(number) || self.pages.forget(number) {
+            return Ok(true);
         }
         self.write(page, &ZERO_PAGE)
     }
 
-    /// Takes the map apart piece by piece, the file keeps its pages. `between` is told how long each piece took.
-    fn unmap(self, between: &mut impl FnMut(Duration)) {
-        for (piece, present) in self.present.chunks(UNMAP_BYTES / PAGE_SIZE / 64).enumerate() {
-            let at = piece * UNMAP_BYTES;
-            let len = UNMAP_BYTES.min(self.map.len().saturating_sub(at));
-            if present.iter().all(|w| *w == 0) || len == 0 {
-                continue;
-            }
-            let start = Instant::now();
-            // SAFETY: the map is a shared one of a file, so nothing is lost that was written through it, and no reference
-            // into it is ever made. Refused (gigantic pages), the rest goes in one piece.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, at, len) };
-            between(start.elapsed());
-        }
-    }
-
     /// Copies a page out; false if there is no such page.
-    pub fn read(&self, page: u64, into: &mut Page) -> bool {
-        let Some(at) = self.offset(page) else { return false };
-        if !self.is_present(at / PAGE_SIZE) {
-            *into = ZERO_PAGE;
-            return true;
-        }
-        // SAFETY: as in `write`: a whole page inside of the mapping, copied into private memory without a reference.
-        unsafe {
-            self.map
-                .as_ptr()
-                .add(at)
-                .copy_to_nonoverlapping(into.as_mut_ptr(), PAGE_SIZE)
+    pub fn read(&self, page: u64, into: &mut Page) -> Result<bool, RamError> {
+        let Some(page) = self.number(page) else {
+            return Ok(false);
         };
-        true
+        if !self.pages.present.get(page) {
+            *into = ZERO_PAGE;
+            return Ok(true);
+        }
+        let read = self.pages.window.read(page * PAGE_SIZE, into);
+        read.map(|()| true).map_err(|e| self.failed(e))
+    }
+}
+
+/// Marks what an existing file holds. A file system that does not tell holes has none.
+fn find_data(pages: &Pages) {
+    let len = pages.window.bytes() as i64;
+    let mut at = 0;
+    while at < len {
+        let (from, to) = match lseek(pages.file(), at, Whence::SeekData) {
+            Ok(from) => (from, lseek(pages.file(), from, Whence::SeekHole).unwrap_or(len)),
+            // Nothing but a hole up to the end.
+            Err(nix::errno::Errno::ENXIO) => return,
+            Err(_) => (at, len),
+        };
+        for page in from as usize / PAGE_SIZE..(to as usize).div_ceil(PAGE_SIZE) {
+            pages.present.set(page, true);
+        }
+        at = to.max(at + 1);
     }
 }
 
@@ -309,7 +268,7 @@ impl ShadowRam {
     pub fn write_page(&mut self, block: u16, page: u64, data: &Page) -> Result<(), RamError> {
         self.clock += 1;
         let wrote = match self.blocks.get_mut(usize::from(block)) {
-            Some(Place::File(f)) => f.write(page, data),
+            Some(Place::File(f)) => f.write(page, data)?,
             Some(Place::Small(s)) => s.write(page, data, self.clock),
             None => false,
         };
@@ -319,7 +278,7 @@ impl ShadowRam {
     pub fn zero_page(&mut self, block: u16, page: u64) -> Result<(), RamError> {
         self.clock += 1;
         let wrote = match self.blocks.get_mut(usize::from(block)) {
-            Some(Place::File(f)) => f.zero(page),
+            Some(Place::File(f)) => f.zero(page)?,
             Some(Place::Small(s)) => s.write(page, &ZERO_PAGE, self.clock),
             None => false,
         };
@@ -328,7 +287,7 @@ impl ShadowRam {
 
     pub fn read_page(&self, block: u16, page: u64, into: &mut Page) -> Result<(), RamError> {
         let read = match self.blocks.get(usize::from(block)) {
-            Some(Place::File(f)) => f.read(page, into),
+            Some(Place::File(f)) => f.read(page, into)?,
             Some(Place::Small(s)) => match usize::try_from(page).ok().and_then(|p| s.page(p)) {
                 Some(data) => {
                     *into = *data;
@@ -376,9 +335,18 @@ impl ShadowRam {
     pub fn unmap(self, mut between: impl FnMut(Duration)) {
         for place in self.blocks {
             if let Place::File(file) = place {
-                file.unmap(&mut between);
+                file.pages.window.unmap(file.pages.present.words(), &mut between);
             }
         }
+    }
+
+    /// The files, as they are shared with who keeps them in RAM or in swap.
+    pub fn shared(&self) -> Vec<Arc<Pages>> {
+        let file = |p: &Place| match p {
+            Place::File(f) => Some(f.shared()),
+            Place::Small(_) => None,
+        };
+        self.blocks.iter().filter_map(file).collect()
     }
 
     /// Bytes of guest memory that are not holes.
@@ -394,7 +362,7 @@ impl ShadowRam {
 impl Place {
     fn pages(&self) -> u64 {
         match self {
-            Self::File(f) => f.pages() as u64,
+            Self::File(f) => f.pages.count() as u64,
             Self::Small(s) => s.changed.len() as u64,
         }
     }
@@ -413,6 +381,7 @@ mod tests {
     use umbra_api::wire::setup::Block;
 
     use super::*;
+    use crate::memory::window::UNMAP_BYTES;
 
     pub(crate) fn setup(blocks: &[(&str, u64)]) -> StreamSetup {
         let block = |(name, pages): &(&str, u64)| Block {
@@ -442,22 +411,22 @@ mod tests {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut f = file(&dir, "ram", 16);
         let path = f.path().to_owned();
-        assert!(f.zero(3) && f.zero(15));
+        assert!(f.zero(3).unwrap() && f.zero(15).unwrap());
         assert_eq!((on_disk(&path), f.present_bytes()), (0, 0));
-        assert!(f.write(3, &[7; PAGE_SIZE]) && f.write(4, &[8; PAGE_SIZE]));
+        assert!(f.write(3, &[7; PAGE_SIZE]).unwrap() && f.write(4, &[8; PAGE_SIZE]).unwrap());
         assert_eq!((on_disk(&path), f.present_bytes()), (8192, 8192));
         let mut page = [0; PAGE_SIZE];
-        f.file.read_exact_at(&mut page, 4 << 12).unwrap();
+        f.pages.file().read_exact_at(&mut page, 4 << 12).unwrap();
         assert_eq!(page, [8; PAGE_SIZE]);
-        assert!(f.zero(3));
+        assert!(f.zero(3).unwrap());
         assert_eq!((on_disk(&path), f.present_bytes()), (4096, 4096));
         for (n, want) in [(2, 0), (3, 0), (4, 8)] {
-            assert!(f.read(n, &mut page));
+            assert!(f.read(n, &mut page).unwrap());
             assert_eq!(page, [want; PAGE_SIZE]);
         }
         assert_eq!(on_disk(&path), 4096);
         for n in [16, u64::MAX, u64::MAX >> 12] {
-            assert!(!f.write(n, &page) && !f.zero(n) && !f.read(n, &mut page));
+            assert!(!f.write(n, &page).unwrap() && !f.zero(n).unwrap() && !f.read(n, &mut page).unwrap());
         }
     }
 
@@ -477,18 +446,18 @@ mod tests {
         assert_eq!(pieces, 2, "the hole between them is passed over");
         let again = file(&dir, "a", pages);
         let mut page = [0; PAGE_SIZE];
-        assert!(again.read(1, &mut page) && page == [7; PAGE_SIZE]);
-        assert!(again.read(pages - 1, &mut page) && page == [8; PAGE_SIZE]);
+        assert!(again.read(1, &mut page).unwrap() && page == [7; PAGE_SIZE]);
+        assert!(again.read(pages - 1, &mut page).unwrap() && page == [8; PAGE_SIZE]);
     }
 
     #[test]
     fn an_existing_file_is_known_again() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        assert!(file(&dir, "ram", 200).write(130, &[9; PAGE_SIZE]));
+        assert!(file(&dir, "ram", 200).write(130, &[9; PAGE_SIZE]).unwrap());
         let mut f = file(&dir, "ram", 200);
         assert_eq!(f.present_bytes(), 4096);
         let mut page = [0; PAGE_SIZE];
-        assert!(f.zero(130) && f.read(130, &mut page));
+        assert!(f.zero(130).unwrap() && f.read(130, &mut page).unwrap());
         assert_eq!((page, on_disk(f.path())), ([0; PAGE_SIZE], 0));
         let other = RamFile::open_or_create(f.path(), 201 << 12);
         assert!(matches!(

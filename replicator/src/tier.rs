@@ -1,14 +1,16 @@
 //! Tiers: how much CPU a shadow may use, by a cgroup of its own in whichever cpu hierarchy this host has.
 //!
 //! v2 takes `cpu.max` ("quota period"), v1 `cpu.cfs_quota_us` with a fixed period. A group is made without a limit; the first
-//! [`set`](Group::set) brings one. Memory tiers come with a later issue.
+//! [`set`](Group::set) brings one. How much RAM: [`crate::memory`].
 
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use umbra_api::order::{Peak, Refusal, RefusalCode, Tier};
+use umbra_api::order::{Peak, Refusal, RefusalCode};
+
+const CONTROLLER: &str = "cpu";
 
 /// The kernel's default period, and ours.
 const PERIOD_US: u64 = 100_000;
@@ -18,8 +20,8 @@ const QUOTA_MIN_US: u64 = 5_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TierError {
-    #[error("this host has no cgroup hierarchy with a cpu controller: tiers have no effect")]
-    NoController,
+    #[error("this host has no cgroup hierarchy with a {0} controller")]
+    NoController(&'static str),
     #[error("{0:?} is no name of a cgroup: it must be relative, without '..'")]
     Name(String),
     #[error("cgroup {}: {source}", path.display())]
@@ -33,34 +35,39 @@ impl From<TierError> for Refusal {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
+pub enum Kind {
     V1,
     V2,
 }
 
-/// A mounted hierarchy that has the cpu controller.
+/// A mounted hierarchy that has a controller.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Hierarchy {
     kind: Kind,
+    controller: &'static str,
     mount: PathBuf,
 }
 
 impl Hierarchy {
-    pub fn detect() -> Result<Self, TierError> {
+    pub fn detect(controller: &'static str) -> Result<Self, TierError> {
         let path = PathBuf::from("/proc/self/mountinfo");
         let table = fs::read_to_string(&path).map_err(|source| TierError::Io { path, source })?;
-        let has_cpu = |mount: &Path| {
+        let has = |mount: &Path| {
             fs::read_to_string(mount.join("cgroup.controllers"))
-                .is_ok_and(|c| c.split_ascii_whitespace().any(|c| c == "cpu"))
+                .is_ok_and(|c| c.split_ascii_whitespace().any(|c| c == controller))
         };
-        pick(&table, has_cpu).ok_or(TierError::NoController)
+        pick(&table, controller, has).ok_or(TierError::NoController(controller))
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     fn make(&self, relative: &Path) -> Result<PathBuf, TierError> {
         let mut path = self.mount.clone();
         for component in relative.components() {
             if self.kind == Kind::V2 {
-                hand_down(&path)?;
+                hand_down(&path, self.controller)?;
             }
             path.push(component);
             match fs::create_dir(&path) {
@@ -73,22 +80,24 @@ impl Hierarchy {
 }
 
 /// On a hybrid host the controller is in one of the two: v1 if it is mounted there.
-fn pick(mountinfo: &str, v2_has_cpu: impl Fn(&Path) -> bool) -> Option<Hierarchy> {
+fn pick(mountinfo: &str, controller: &'static str, v2_has: impl Fn(&Path) -> bool) -> Option<Hierarchy> {
     let mounts: Vec<_> = mountinfo.lines().filter_map(mount).collect();
     let v1 = mounts
         .iter()
-        .find(|(kind, options, _)| *kind == "cgroup" && options.split(',').any(|o| o == "cpu"));
+        .find(|(kind, options, _)| *kind == "cgroup" && options.split(',').any(|o| o == controller));
     if let Some((.., mount)) = v1 {
         return Some(Hierarchy {
             kind: Kind::V1,
+            controller,
             mount: mount.into(),
         });
     }
     let v2 = mounts
         .iter()
-        .find(|(kind, _, mount)| *kind == "cgroup2" && v2_has_cpu(Path::new(mount)));
+        .find(|(kind, _, mount)| *kind == "cgroup2" && v2_has(Path::new(mount)));
     v2.map(|(.., mount)| Hierarchy {
         kind: Kind::V2,
+        controller,
         mount: mount.into(),
     })
 }
@@ -110,13 +119,8 @@ pub struct Group {
 impl Group {
     /// Makes `parent`/`name`, and `parent` where it is missing.
     pub fn create(parent: &str, name: &str) -> Result<Self, TierError> {
-        let hierarchy = Hierarchy::detect()?;
-        let relative = Path::new(parent).join(name);
-        if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
-            return Err(TierError::Name(relative.display().to_string()));
-        }
-        // Once more if another replicator removes the empty parent in between.
-        let path = hierarchy.make(&relative).or_else(|_| hierarchy.make(&relative))?;
+        let hierarchy = Hierarchy::detect(CONTROLLER)?;
+        let path = below(&hierarchy, parent, name)?;
         Ok(Self {
             kind: hierarchy.kind,
             path,
@@ -145,9 +149,9 @@ impl Group {
         self.write("cgroup.procs", &pid.to_string())
     }
 
-    /// Gives the shadow the tier's share of its expected peak.
-    pub fn set(&self, tier: Tier, peak: Peak) -> Result<(), TierError> {
-        self.set_quota(quota_us(tier, peak))
+    /// Gives the shadow this share of its expected peak.
+    pub fn set(&self, share: f64, peak: Peak) -> Result<(), TierError> {
+        self.set_quota(quota_us(share, peak))
     }
 
     /// Lifts the limit.
@@ -169,30 +173,40 @@ impl Group {
 
     /// Removes the group after its last process is gone.
     pub fn remove(self) -> Result<(), TierError> {
-        for _ in 0..50 {
-            match fs::remove_dir(&self.path) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-                // A killed process leaves its group a moment after it is seen dead, and no event tells.
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(10)),
-                Err(source) => {
-                    return Err(TierError::Io {
-                        path: self.path,
-                        source,
-                    });
-                }
-            }
-        }
-        Err(TierError::Io {
-            path: self.path,
-            source: io::Error::from_raw_os_error(libc::EBUSY),
-        })
+        remove_group(self.path)
     }
 
     fn write(&self, file: &str, value: &str) -> Result<(), TierError> {
         let path = self.path.join(file);
         fs::write(&path, value).map_err(|source| TierError::Io { path, source })
     }
+}
+
+/// Makes `parent`/`name`, and `parent` where it is missing.
+pub fn below(hierarchy: &Hierarchy, parent: &str, name: &str) -> Result<PathBuf, TierError> {
+    let relative = Path::new(parent).join(name);
+    if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
+        return Err(TierError::Name(relative.display().to_string()));
+    }
+    // Once more if another replicator removes the empty parent in between.
+    hierarchy.make(&relative).or_else(|_| hierarchy.make(&relative))
+}
+
+/// Removes a group after its last process is gone.
+pub fn remove_group(path: PathBuf) -> Result<(), TierError> {
+    for _ in 0..50 {
+        match fs::remove_dir(&path) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // A killed process leaves its group a moment after it is seen dead, and no event tells.
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(10)),
+            Err(source) => return Err(TierError::Io { path, source }),
+        }
+    }
+    Err(TierError::Io {
+        path,
+        source: io::Error::from_raw_os_error(libc::EBUSY),
+    })
 }
 
 /// Removes the parent of all shadows' groups if none is left in it: for a host that Umbra leaves. An operator who made it
@@ -204,30 +218,33 @@ pub fn remove_parent(parent: &str) -> Result<(), TierError> {
     {
         return Err(TierError::Name(parent.to_owned()));
     }
-    let path = Hierarchy::detect()?.mount.join(parent);
-    match fs::remove_dir(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(TierError::Io { path, source: e }),
-        _ => Ok(()),
+    for hierarchy in [CONTROLLER, "memory"].map(Hierarchy::detect).into_iter().flatten() {
+        let path = hierarchy.mount.join(parent);
+        match fs::remove_dir(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(TierError::Io { path, source: e }),
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 /// v2 hands a controller down level by level.
-fn hand_down(path: &Path) -> Result<(), TierError> {
+fn hand_down(path: &Path, controller: &str) -> Result<(), TierError> {
     let file = path.join("cgroup.subtree_control");
-    let has = fs::read_to_string(&file).is_ok_and(|c| c.split_ascii_whitespace().any(|c| c == "cpu"));
+    let has = fs::read_to_string(&file).is_ok_and(|c| c.split_ascii_whitespace().any(|c| c == controller));
     if has {
         return Ok(());
     }
-    fs::write(&file, "+cpu").map_err(|source| TierError::Io { path: file, source })
+    fs::write(&file, format!("+{controller}")).map_err(|source| TierError::Io { path: file, source })
 }
 
 /// Microseconds of CPU a period, `None` for no limit: while no peak is known, nothing is known that could be a share of it.
-pub fn quota_us(tier: Tier, peak: Peak) -> Option<u64> {
+pub fn quota_us(share: f64, peak: Peak) -> Option<u64> {
     if peak.cpu_cores.is_nan() || peak.cpu_cores <= 0.0 {
         return None;
     }
     // A float that does not fit saturates, which is no limit in practice either.
-    Some(((peak.cpu_cores * tier.share() * PERIOD_US as f64) as u64).max(QUOTA_MIN_US))
+    Some(((peak.cpu_cores * share * PERIOD_US as f64) as u64).max(QUOTA_MIN_US))
 }
 
 #[cfg(test)]
@@ -241,24 +258,28 @@ mod tests {
 
     #[test]
     fn the_hierarchy_with_the_controller_is_picked() {
-        let h = pick(HYBRID, |_| false).unwrap();
+        let h = pick(HYBRID, "cpu", |_| false).unwrap();
         assert_eq!(
             h,
             Hierarchy {
                 kind: Kind::V1,
+                controller: "cpu",
                 mount: "/sys/fs/cgroup/cpu,cpuacct".into()
             }
         );
-        let h = pick(UNIFIED, |_| true).unwrap();
+        let h = pick(UNIFIED, "memory", |_| true).unwrap();
         assert_eq!(
             h,
             Hierarchy {
                 kind: Kind::V2,
+                controller: "memory",
                 mount: "/sys/fs/cgroup".into()
             }
         );
-        assert_eq!(pick(UNIFIED, |_| false), None);
-        assert_eq!(pick("garbage - x", |_| true), None);
+        assert_eq!(pick(UNIFIED, "cpu", |_| false), None);
+        // On a hybrid host each controller is where it is.
+        assert_eq!(pick(HYBRID, "memory", |_| true).map(|h| h.kind), Some(Kind::V2));
+        assert_eq!(pick("garbage - x", "cpu", |_| true), None);
     }
 
     #[test]
@@ -267,12 +288,12 @@ mod tests {
             cpu_cores,
             mem_bytes: 0,
         };
-        assert_eq!(quota_us(Tier::Standby, peak(2.0)), Some(20_000));
-        assert_eq!(quota_us(Tier::Armed, peak(2.0)), Some(100_000));
-        assert_eq!(quota_us(Tier::Active, peak(2.0)), Some(200_000));
-        assert_eq!(quota_us(Tier::Standby, peak(0.01)), Some(QUOTA_MIN_US));
-        assert_eq!(quota_us(Tier::Standby, peak(0.0)), None);
-        assert_eq!(quota_us(Tier::Standby, peak(f64::NAN)), None);
+        assert_eq!(quota_us(0.1, peak(2.0)), Some(20_000));
+        assert_eq!(quota_us(0.5, peak(2.0)), Some(100_000));
+        assert_eq!(quota_us(1.0, peak(2.0)), Some(200_000));
+        assert_eq!(quota_us(0.1, peak(0.01)), Some(QUOTA_MIN_US));
+        assert_eq!(quota_us(0.1, peak(0.0)), None);
+        assert_eq!(quota_us(0.1, peak(f64::NAN)), None);
     }
 
     #[test]

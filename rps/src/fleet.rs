@@ -97,6 +97,7 @@ mod tests {
             phase,
             since: UnixMs(0),
             tier: None,
+            memory: None,
             progress: Progress::default(),
             report: None,
             disks: Vec::new(),

@@ -31,6 +31,7 @@ const BENCHES: &[(&str, Runner)] = &[
     ),
     ("switchover", Runner::Lab(None)),
     ("standby", Runner::Lab(None)),
+    ("tier", Runner::Lab(None)),
     ("agent", Runner::Lab(Some("prometheus-process-exporter"))),
 ];
 

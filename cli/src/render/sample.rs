@@ -3,7 +3,7 @@
 use jiff::tz::TimeZone;
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::Tier;
-use umbra_api::replica::{PageKinds, Progress, SwitchoverReport};
+use umbra_api::replica::{PageKinds, Progress, ShadowMemory, SwitchoverReport};
 use umbra_api::view::*;
 use umbra_api::{DecisionId, Epoch, UnixMs, VmId};
 
@@ -112,6 +112,12 @@ pub fn vm() -> VmView {
             slot_ms: 2000,
             quantiles: vec![0.5, 0.9],
             cpu_cores: vec![vec![0.2, 0.4, 0.8], vec![0.3, 0.6, 1.1]],
+        }),
+        shadow_memory: Some(ShadowMemory {
+            used_bytes: 201 << 20,
+            resident_bytes: 22 << 20,
+            limit_bytes: Some(20 << 20),
+            ..ShadowMemory::default()
         }),
         progress: Some(Progress {
             ram_bytes: 256 << 20,

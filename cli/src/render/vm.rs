@@ -2,7 +2,7 @@
 
 use comfy_table::Cell;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Progress, SwitchoverReport};
+use umbra_api::replica::{Progress, ShadowMemory, SwitchoverReport};
 use umbra_api::view::{ForecastView, VmView};
 
 use super::words::{bytes, count, number, span, sparkline, us, whole};
@@ -48,11 +48,15 @@ fn standing(v: &VmView) -> Vec<(&'static str, String)> {
         (None, _) if !s.protect => "none, this VM is opted out".to_owned(),
         (None, _) => "none".to_owned(),
     };
+    let ram = v.shadow_memory.as_ref().map(|m| ("memory", shadow_ram(m)));
     let risk = if s.cps > s.threshold { "above" } else { "not above" };
-    vec![
+    let mut rows = vec![
         ("host", super::vms::place(s)),
         ("stage", format!("{}, epoch {}", words_of(s.stage), v.epoch)),
         ("shadow", shadow),
+    ];
+    rows.extend(ram);
+    rows.extend([
         (
             "risk",
             format!("CPS {}, {risk} the threshold of {}", number(s.cps), number(s.threshold)),
@@ -66,7 +70,23 @@ fn standing(v: &VmView) -> Vec<(&'static str, String)> {
                 bytes(v.rss_bytes)
             ),
         ),
-    ]
+    ]);
+    rows
+}
+
+/// What it takes of its host's RAM, and what is to be known about it.
+fn shadow_ram(m: &ShadowMemory) -> String {
+    let mut text = format!("{} of its {} are in RAM", bytes(m.resident_bytes), bytes(m.used_bytes));
+    if let Some(limit) = m.limit_bytes {
+        text += &format!(", its tier leaves it {}", bytes(limit));
+    }
+    if let Some(p) = m.promotion {
+        text += &format!("; the last promotion took {}", span(p.took_ms as f64 / 1e3));
+    }
+    if let Some(why) = &m.not_shrunk {
+        text += &format!("; not shrunk: {}", super::words::clean(why));
+    }
+    text
 }
 
 fn tier(t: Tier) -> &'static str {
@@ -223,6 +243,8 @@ fn events(look: &Look, v: &VmView) -> String {
 
 #[cfg(test)]
 mod tests {
+    use umbra_api::replica::Promotion;
+
     use super::*;
     use crate::render::sample;
 
@@ -235,6 +257,7 @@ web (00000001-0000-0000-0000-000000000001)
   host    a
   stage   standby, epoch 2
   shadow  on b, tier 0 (standby)
+  memory  22 MiB of its 201 MiB are in RAM, its tier leaves it 20 MiB
   risk    CPS 0.91, above the threshold of 0.60
   size    1 vCPU, 256 MiB of RAM (210 MiB resident)
 
@@ -268,6 +291,26 @@ Last switchover
 Events
   TIME      STAGE    WHY
   09:12:50  standby  the first copy is complete"
+        );
+    }
+
+    #[test]
+    fn what_a_shadow_takes_and_why_not_less() {
+        let m = ShadowMemory {
+            used_bytes: 8 << 20,
+            resident_bytes: 8 << 20,
+            not_shrunk: Some("this host has no swap".into()),
+            promotion: Some(Promotion {
+                at: sample::NOW,
+                tier: Tier::Active,
+                read_bytes: 5 << 20,
+                took_ms: 1500,
+            }),
+            ..ShadowMemory::default()
+        };
+        assert_eq!(
+            shadow_ram(&m),
+            "8.0 MiB of its 8.0 MiB are in RAM; the last promotion took 1.5 s; not shrunk: this host has no swap"
         );
     }
 

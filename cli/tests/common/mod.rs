@@ -201,6 +201,7 @@ fn the_vm() -> VmView {
         history: vec![],
         forecast: None,
         progress: None,
+        shadow_memory: None,
         last_switchover: None,
         last_error: None,
         events: vec![the_event()],

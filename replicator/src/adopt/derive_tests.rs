@@ -182,6 +182,7 @@ fn a_former_shadow_yields_the_spec_that_it_came_from() {
             taps: vec!["um0123456789n0".into()],
             run_files: vec![],
             cgroup: None,
+            memory_cgroup: None,
             disks: vec![],
             storage: None,
         };

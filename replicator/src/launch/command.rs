@@ -220,6 +220,7 @@ mod tests {
             taps: vec!["um1n0".into()],
             run_files: vec![],
             cgroup: None,
+            memory_cgroup: None,
             disks: vec![],
             storage: None,
         }

@@ -29,10 +29,11 @@ use umbra_api::VmId;
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::ShadowSpec;
 
+use crate::memory::group::MemoryGroup;
 use crate::proc::{self, ProcessId, Scope};
 use crate::qmp::{Client, QmpError, Version};
 use crate::tap;
-use crate::tier::{Group, TierError};
+use crate::tier::{Group, TierError, remove_group};
 use process::Started;
 
 /// Id of the chardev and monitor through which Umbra talks to QEMUs that it started.
@@ -104,6 +105,9 @@ pub struct ShadowRecord {
     /// The command line's files in the run directory: `serial0.log` and its path.
     pub run_files: Vec<(String, PathBuf)>,
     pub cgroup: Option<PathBuf>,
+    /// To which its memory is charged. On cgroup v2 the same.
+    #[serde(default)]
+    pub memory_cgroup: Option<PathBuf>,
     #[serde(default)]
     pub disks: Vec<disks::Image>,
     /// The daemon that fills the images.
@@ -135,6 +139,7 @@ impl ShadowRecord {
                 .map(|f| (f.to_owned(), dir.join(f)))
                 .collect(),
             cgroup: None,
+            memory_cgroup: None,
             disks: disks::plan(spec, cfg, vm, session),
             storage: None,
             dir,
@@ -231,14 +236,9 @@ fn start(
         tap::create(name, command::queues(spec, n) > 1).map_err(|e| local(&format!("tap {name}"), e))?;
         tap::plug(name, bridge).map_err(|e| local(&format!("tap {name} into bridge {bridge}"), e))?;
     }
-    let group = match make_group(cfg, record) {
-        Ok(group) => group,
-        Err(e) => {
-            warnings.push(format!("the shadow has no CPU tier: {e}"));
-            None
-        }
-    };
-    record.cgroup = group.as_ref().map(|g| g.path().to_owned());
+    let groups = Groups::make(cfg, record, &mut warnings);
+    record.cgroup = groups.cpu.as_ref().map(|g| g.path().to_owned());
+    record.memory_cgroup = groups.memory.as_ref().map(|g| g.path().to_owned());
     save(record)?;
 
     disks::start(record, cfg)?;
@@ -248,9 +248,7 @@ fn start(
         .map_err(|e| local(&format!("{} does not start", binary.display()), e))?;
     record.process = Some(started.id);
     save(record)?;
-    if let Some(Err(e)) = group.map(|g| g.add(started.id.pid)) {
-        warnings.push(format!("the shadow has no CPU tier: {e}"));
-    }
+    groups.add(started.id.pid, &mut warnings);
     let qmp = connect(record, &started)?;
     let incoming = prepare(spec, record, &qmp, &mut warnings)?;
     Ok(Shadow {
@@ -261,9 +259,36 @@ fn start(
     })
 }
 
-fn make_group(cfg: &LaunchConfig, record: &ShadowRecord) -> Result<Option<Group>, TierError> {
-    let Some(parent) = &cfg.cgroup else { return Ok(None) };
-    Group::create(parent, &format!("vm-{}-{}", record.vm.0.simple(), record.session)).map(Some)
+/// The shadow's cgroups: on v2 they are one.
+#[derive(Default)]
+struct Groups {
+    cpu: Option<Group>,
+    memory: Option<MemoryGroup>,
+}
+
+impl Groups {
+    fn make(cfg: &LaunchConfig, record: &ShadowRecord, warnings: &mut Vec<String>) -> Self {
+        let Some(parent) = &cfg.cgroup else {
+            return Self::default();
+        };
+        let name = format!("vm-{}-{}", record.vm.0.simple(), record.session);
+        Self {
+            cpu: noted(Group::create(parent, &name), NO_CPU, warnings),
+            memory: noted(MemoryGroup::create(parent, &name), NO_MEMORY, warnings),
+        }
+    }
+
+    fn add(&self, pid: i32, warnings: &mut Vec<String>) {
+        noted(self.cpu.as_ref().map_or(Ok(()), |g| g.add(pid)), NO_CPU, warnings);
+        noted(self.memory.as_ref().map_or(Ok(()), |g| g.add(pid)), NO_MEMORY, warnings);
+    }
+}
+
+const NO_CPU: &str = "the shadow has no CPU tier";
+const NO_MEMORY: &str = "the shadow's memory is not counted by itself";
+
+fn noted<T>(result: Result<T, TierError>, what: &str, warnings: &mut Vec<String>) -> Option<T> {
+    result.map_err(|e| warnings.push(format!("{what}: {e}"))).ok()
 }
 
 /// Waits for QEMU's monitor, or for QEMU's end.
@@ -395,10 +420,10 @@ pub fn discard(record: &ShadowRecord, images: Images) -> Result<(), Refusal> {
     for (_, path) in &record.ram {
         note(&path.display().to_string(), fs::remove_file(path));
     }
-    if let Some(path) = &record.cgroup {
+    for path in record.cgroup.iter().chain(&record.memory_cgroup) {
         note(
             &path.display().to_string(),
-            Group::open(path).remove().map_err(io::Error::other),
+            remove_group(path.clone()).map_err(io::Error::other),
         );
     }
     // The record goes last: as long as something is left, it says what.

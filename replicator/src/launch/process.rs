@@ -115,7 +115,8 @@ fn end_by(id: ProcessId, signal: i32, patience: Duration) -> io::Result<()> {
     }
 }
 
-fn pidfd(pid: i32) -> io::Result<OwnedFd> {
+/// A handle that stays the process it was opened for.
+pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two numbers and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {

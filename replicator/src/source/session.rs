@@ -159,6 +159,7 @@ impl Session {
             phase: Phase::Provisioning,
             since: unix_ms(),
             tier: None,
+            memory: None,
             progress: Progress::default(),
             report: plan.report,
             disks: Vec::new(),

@@ -19,7 +19,7 @@ use umbra_api::wire::frame::{Kind, RoundEnd};
 use umbra_api::wire::setup::StreamSetup;
 
 use super::machine::Input;
-use super::session::Event;
+use super::session::{Event, gone_soon};
 use crate::encode::{ApplyError, Decoder};
 use crate::launch::{ShadowRecord, disks};
 use crate::link::{FrameReader, LinkError, ReadHalf};
@@ -121,6 +121,10 @@ impl Feed {
             match intake.frame(&mut reader) {
                 Ok(false) => {}
                 Ok(true) => break,
+                // Its pages can't be written, or it takes no more of its stream: not the link's fault.
+                Err(FeedError::Apply(_) | FeedError::Ram(_) | FeedError::Qemu(_)) if gone_soon(&record) => {
+                    return tell(Input::ShadowGone);
+                }
                 Err(e) => return tell(Input::LinkLost(format!("ram connection: {e}"))),
             }
         }
@@ -238,15 +242,21 @@ impl Intake {
         for (name, path) in &self.feed.files {
             let block = setup.blocks.iter().find(|b| b.name == *name);
             let block = block.ok_or_else(|| FeedError::Setup(format!("the stream has no RAM block {name}")))?;
-            files.push((name.clone(), RamFile::open_or_create(path, block.bytes)?));
+            let file = match self.feed.record.process {
+                Some(qemu) => RamFile::of_shadow(path, block.bytes, qemu)?,
+                None => RamFile::open_or_create(path, block.bytes)?,
+            };
+            files.push((name.clone(), file));
         }
         let ram = ShadowRam::new(&setup, files)?;
         let synth = Synth::new(&setup)?;
+        let files = ram.shared();
         self.decoder = Some(Decoder::new().map_err(|e| FeedError::Apply(e.to_string()))?);
         self.shadow = Some((ram, synth));
         let _ = self.feed.events.send(Event::Setup {
             ram_bytes: setup.ram_bytes(),
         });
+        let _ = self.feed.events.send(Event::Memory(files));
         Ok(())
     }
 

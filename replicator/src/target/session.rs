@@ -13,9 +13,11 @@ use umbra_api::wire::frame::RoundEnd;
 use umbra_api::{Epoch, HostId, VmId};
 
 use super::machine::{self, Action, Durable, Input, Machine, State};
+use super::tiers::Tiers;
 use crate::engine::{Core, unix_ms};
 use crate::launch::{self, Images, Shadow, ShadowRecord};
 use crate::link::{FrameWriter, WriteHalf};
+use crate::memory::pages::Pages;
 use crate::qmp::Client;
 use crate::urgent::{self, Urgent};
 
@@ -32,6 +34,8 @@ pub enum Event {
     Setup {
         ram_bytes: u64,
     },
+    /// The files of the shadow's RAM, which are written from now on.
+    Memory(Vec<Arc<Pages>>),
     RoundEnd(RoundEnd),
     Loaded {
         load_us: u64,
@@ -113,6 +117,7 @@ pub struct Session {
     /// The source's present control connection.
     control: Option<Reply>,
     feeder: Option<i32>,
+    tiers: Tiers,
     /// Who a stopped guest waits for.
     urgent: Option<Urgent>,
     load_us: u64,
@@ -149,6 +154,7 @@ impl Session {
         if let Some(process) = record.process {
             urgent::calm(process);
         }
+        Tiers::new(&record, core.config.tiers.shares()).restore();
         let shadow = ask(&record, qmp.as_ref());
         let begin = Machine::resume(durable, plan.epoch, shadow);
         // 'Prepared' on disk and gone: the commit may have come, and its record not.
@@ -175,6 +181,7 @@ impl Session {
             phase: machine.phase(),
             since: unix_ms(),
             tier: None,
+            memory: None,
             progress: Progress::default(),
             report: None,
             disks: Vec::new(),
@@ -186,6 +193,7 @@ impl Session {
                 let _ = sender.send(Event::QmpClosed);
             });
         }
+        let tiers = Tiers::new(&record, core.config.tiers.shares());
         let mut session = Self {
             core,
             plan,
@@ -196,6 +204,7 @@ impl Session {
             qmp,
             control,
             feeder: None,
+            tiers,
             urgent: None,
             load_us: 0,
             resumed: (0, 0),
@@ -243,6 +252,7 @@ impl Session {
             Event::Input(input) => self.input(input),
             Event::Feeds { thread } => self.feeder = Some(thread),
             Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
+            Event::Memory(files) => self.tiers.keep(files, self.status.clone()),
             Event::RoundEnd(end) => {
                 self.progress.rounds = end.round;
                 self.progress.lag_pages = end.pages;
@@ -289,8 +299,7 @@ impl Session {
         self.control = Some(reply.clone());
         match message {
             Message::Prepare { epoch } => {
-                // A limit of the standby tier would stretch the load, while the guest is stopped.
-                self.lift();
+                self.tiers.lift();
                 // Its main loop is what loads.
                 let main_loop = self.record.process.filter(|p| p.alive()).map(|p| p.pid);
                 self.urgent = Some(Urgent::new(main_loop.into_iter().chain(self.feeder)));
@@ -382,7 +391,7 @@ impl Session {
         let Some(qmp) = self.qmp.clone() else {
             return Some(Input::ShadowGone);
         };
-        self.lift();
+        self.tiers.lift();
         self.ran = true;
         let (mark, started) = (qmp.mark(), Instant::now());
         if let Err(e) = qmp.execute("cont", Value::Null) {
@@ -399,17 +408,6 @@ impl Session {
         Some(Input::Resumed)
     }
 
-    fn lift(&self) {
-        if let Some(Err(e)) = self
-            .record
-            .cgroup
-            .as_deref()
-            .map(|p| crate::tier::Group::open(p).lift())
-        {
-            tracing::warn!(vm = %self.plan.vm, "the shadow's CPU limit stays: {e}");
-        }
-    }
-
     fn announce(&self, a: Announce) {
         let args = json!({"initial": a.initial_ms, "max": a.max_ms, "rounds": a.rounds, "step": a.step_ms});
         let qmp = match &self.qmp {
@@ -422,12 +420,7 @@ impl Session {
     }
 
     fn tier(&mut self, tier: Tier, peak: Peak) {
-        let set = match self.record.cgroup.as_deref().map(crate::tier::Group::open) {
-            Some(group) if tier == Tier::Active => group.lift(),
-            Some(group) => group.set(tier, peak),
-            None => Ok(()),
-        };
-        match set {
+        match self.tiers.set(tier, peak) {
             Ok(()) => self.status.lock().unwrap_or_else(PoisonError::into_inner).tier = Some(tier),
             Err(e) => tracing::warn!(vm = %self.plan.vm, ?tier, "tier: {e}"),
         }
@@ -435,6 +428,7 @@ impl Session {
 
     fn discard(&mut self) {
         self.qmp = None;
+        self.tiers.end();
         let images = if self.ran { Images::Keep } else { Images::Remove };
         match launch::discard(&self.record, images) {
             Ok(()) => {
@@ -467,6 +461,7 @@ impl Session {
             State::Running { epoch } => {
                 status.epoch = *epoch;
                 status.tier = Some(Tier::Active);
+                self.tiers.runs();
             }
             State::Prepared { epoch } | State::Resuming { epoch } => status.epoch = *epoch,
             State::Discarded { error } => status.error.clone_from(error),
@@ -474,11 +469,12 @@ impl Session {
         }
         if let Phase::Released | Phase::Failed = status.phase {
             status.tier = None;
+            status.memory = None;
         }
     }
 }
 
-fn gone_soon(record: &ShadowRecord) -> bool {
+pub(super) fn gone_soon(record: &ShadowRecord) -> bool {
     record.process.is_none_or(crate::source::session::gone_soon)
 }
 

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::{Order, Peak, Tier};
-use umbra_api::replica::{Progress, ReplicaStatus, Role};
+use umbra_api::replica::{Progress, ReplicaStatus, Role, ShadowMemory};
 use umbra_api::view::Mode;
 use umbra_api::{DecisionId, HostId, OrderId, UnixMs, VmId};
 
@@ -210,6 +210,12 @@ impl Core {
         s.shadow.as_ref()?;
         let source = fleet::replica(&self.fleet, &s.host, s.vm, Role::Source)?;
         (source.epoch >= s.protection).then_some(source.progress)
+    }
+
+    /// What the shadow takes on its host, from the target.
+    pub fn shadow_memory(&self, s: &VmState) -> Option<ShadowMemory> {
+        let target = fleet::replica(&self.fleet, s.shadow.as_ref()?, s.vm, Role::Target)?;
+        target.memory.clone().filter(|_| target.epoch >= s.protection)
     }
 
     /// VMs with which nothing new may be begun: something of an earlier attempt is still about, or on its way.

@@ -394,6 +394,7 @@ fn status(vm: VmId, role: Role, r: &Replica) -> ReplicaStatus {
         phase: r.phase,
         since: UnixMs(0),
         tier: None,
+        memory: None,
         progress: Progress {
             ram_bytes: 256 << 20,
             ..Progress::default()

@@ -2,7 +2,8 @@
 //! else the machine does meets both.
 //!
 //! In reading order: [`rows`] (figures, table, JSON), [`probe`] (who asks the guest, in a process of its own), [`ours`] and
-//! [`stock`] (one hop of a VM each), [`switchover`], [`standby`] (what a waiting shadow costs), [`agent`].
+//! [`stock`] (one hop of a VM each), [`switchover`], [`standby`] (what a waiting shadow costs), [`tier`] (and at
+//! tier 0), [`agent`].
 
 pub mod agent;
 pub mod ours;
@@ -11,6 +12,7 @@ pub mod rows;
 pub mod standby;
 pub mod stock;
 pub mod switchover;
+pub mod tier;
 
 use std::path::PathBuf;
 
@@ -40,6 +42,7 @@ type Bench = fn(&Options) -> Result<Vec<Row>>;
 pub const BENCHES: &[(&str, Bench)] = &[
     ("switchover", switchover::run),
     ("standby", standby::run),
+    ("tier", tier::run),
     ("agent", agent::run),
 ];
 

@@ -21,6 +21,8 @@ enum Command {
     Switchover(Run),
     /// What a waiting shadow costs the guest and both hosts
     Standby(Run),
+    /// What a shadow keeps in RAM at tier 0, and how fast it is back
+    Tier(Run),
     /// What measuring costs, beside process-exporter
     Agent(Run),
     /// Asks a guest until it is told to end; what the other commands start
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Switchover(r) => run("switchover", r),
         Command::Standby(r) => run("standby", r),
+        Command::Tier(r) => run("tier", r),
         Command::Agent(r) => run("agent", r),
         Command::Probe { ip, out } => bench::probe::run(ip, &out),
     };

@@ -51,14 +51,19 @@ pub fn make(ledger: &Ledger, host: &str, cpus: &[usize]) -> Result<Option<File>>
     Ok(Some(file))
 }
 
-/// Names the group below the cpu controller that a daemon of this host may make for its tiers, and sees to its end.
+/// Names the group below the cpu and memory controllers that a daemon of this host may make for its tiers, and sees to its end.
 pub fn cpu_group(ledger: &Ledger, host: &str) -> Result<String> {
     let name = format!("{}-{host}-tiers", ledger.name());
     let v1 = fs::read_dir(V2)
         .into_iter()
         .flatten()
         .filter_map(|e| Some(e.ok()?.path()));
-    let mounts = v1.filter(|p| p.join("cpu.shares").exists()).chain([PathBuf::from(V2)]);
+    let has = |p: &PathBuf| {
+        ["cpu.shares", "memory.limit_in_bytes"]
+            .iter()
+            .any(|f| p.join(f).exists())
+    };
+    let mounts = v1.filter(has).chain([PathBuf::from(V2)]);
     ledger.record(mounts.map(|m| Item::Cgroup(m.join(&name))))?;
     Ok(name)
 }

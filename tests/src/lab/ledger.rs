@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   /run/umbra-lab/lock        held by the lab that runs; labs are serial
-//!   /run/umbra-lab/ID.made     one line a thing: owner, boot, netns, pid, cgroup, dir
+//!   /run/umbra-lab/ID.made     one line a thing: owner, boot, netns, pid, cgroup, dir, swap
 //!   /run/umbra-lab/ID/         sockets, configurations, logs
 //! ```
 //! A teardown reads such a list, whoever wrote it: the owner itself (drop, panic, signal) or the next lab when the owner was
@@ -37,13 +37,15 @@ const DEATH_WAIT: Duration = Duration::from_secs(10);
 pub enum Item {
     /// The lab's process and its start time.
     Owner(i32, u64),
-    /// The boot in which the list was written. After another boot only folders are left.
+    /// The boot in which the list was written. After another boot only folders and files are left.
     Boot(String),
     /// Inode number and cookie of a namespace.
     Netns(u64, u64),
     Pid(i32, u64),
     Cgroup(PathBuf),
     Dir(PathBuf),
+    /// A file, and the kernel may have pages in it.
+    Swap(PathBuf),
 }
 
 impl Item {
@@ -55,6 +57,7 @@ impl Item {
             Self::Pid(pid, start) => format!("pid {pid} {start}\n"),
             Self::Cgroup(path) => format!("cgroup {}\n", path.display()),
             Self::Dir(path) => format!("dir {}\n", path.display()),
+            Self::Swap(path) => format!("swap {}\n", path.display()),
         }
     }
 
@@ -69,6 +72,7 @@ impl Item {
             "pid" => pair().and_then(|(a, b)| Some(Self::Pid(a.parse().ok()?, b.parse().ok()?))),
             "cgroup" => ours(rest).map(Self::Cgroup),
             "dir" => ours(rest).map(Self::Dir),
+            "swap" => ours(rest).map(Self::Swap),
             _ => None,
         }
     }
@@ -262,7 +266,7 @@ pub fn sweep() {
         }
         let what: Vec<Item> = items
             .into_iter()
-            .filter(|i| same_boot || matches!(i, Item::Dir(_)))
+            .filter(|i| same_boot || matches!(i, Item::Dir(_) | Item::Swap(_)))
             .collect();
         tell(teardown(&list, &what));
     }
@@ -326,6 +330,14 @@ fn teardown(list: &Path, items: &[Item]) -> Vec<String> {
             problems.push(format!("{}: {e}", path.display()));
         }
     }
+    // Last: what was in it went with the folders and processes.
+    problems.extend(items.iter().filter_map(|i| {
+        if let Item::Swap(p) = i {
+            super::swap::remove(p).err().map(|e| format!("{e:#}"))
+        } else {
+            None
+        }
+    }));
     if problems.is_empty() {
         let _ = fs::remove_file(list);
     }
@@ -402,6 +414,7 @@ mod tests {
             Item::Pid(99, 1),
             Item::Cgroup("/sys/fs/cgroup/umbra-lab-1-0-a".into()),
             Item::Dir("/dev/shm/umbra-lab-1-0".into()),
+            Item::Swap("/x/target/umbra-lab-1-0-swap".into()),
         ];
         for item in items {
             assert_eq!(Item::parse(item.line().trim_end()), Some(item));
@@ -416,6 +429,7 @@ mod tests {
             "dir umbra-lab-1",
             "dir /x/../umbra-lab-1",
             "cgroup /sys/fs/cgroup",
+            "swap /swapfile",
             "pid x 1",
             "",
             "dir",

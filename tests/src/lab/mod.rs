@@ -14,7 +14,7 @@
 //! SIGINT and SIGTERM, and at the next lab's start if this process was killed hard.
 //!
 //! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`], [`vm`],
-//! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`copies`] (which QEMU runs a VM),
+//! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`], [`copies`] (which QEMU runs a VM),
 //! [`pair`] (two hosts, a VM, and orders without an RPS).
 
 pub mod client;
@@ -30,6 +30,7 @@ pub mod pair;
 pub mod process;
 pub mod qmp;
 pub mod sched;
+pub mod swap;
 pub mod sys;
 pub mod udp;
 pub mod vm;
@@ -107,6 +108,11 @@ impl Lab {
     /// Configurations, sockets, serial consoles and logs; removed with the lab.
     pub fn dir(&self) -> &Path {
         self.ledger.dir_path()
+    }
+
+    /// Swap of so many MiB until the lab ends, where the machine has none of its own. The inner error says why there can be none.
+    pub fn swap(&self, mib: u64) -> Result<Result<(), String>> {
+        swap::add(&self.ledger, mib)
     }
 
     /// Copies logs and serial consoles to where they outlive the lab.

@@ -38,6 +38,44 @@ fn on_own_thread<T: Send>(f: impl FnOnce() -> io::Result<T> + Send) -> io::Resul
     })
 }
 
+/// What a process has in swap of memory that is its alone; files on tmpfs do not count.
+pub fn own_swap_kib(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmSwap:"));
+    line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Bytes of a file that are in RAM. A hole is not, and neither is what waits in swap.
+pub fn resident_bytes(path: &std::path::Path) -> io::Result<u64> {
+    const PAGE: usize = 4096;
+    let file = File::open(path)?;
+    let len = file.metadata()?.len() as usize;
+    let mut told = vec![0u8; len.div_ceil(PAGE)];
+    // SAFETY: a new mapping of an open file, of which nothing is read; `told` has a byte for each of its pages; it is unmapped
+    // before anything else can use it.
+    let looked = unsafe {
+        let map = libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        if map == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let looked = match libc::mincore(map, len, told.as_mut_ptr()) {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        };
+        libc::munmap(map, len);
+        looked
+    };
+    looked.map(|()| told.iter().filter(|b| **b & 1 == 1).count() as u64 * PAGE as u64)
+}
+
 /// The calling thread's network namespace, by a number that no later namespace gets. Inode numbers are used again.
 pub fn netns_cookie() -> io::Result<u64> {
     let socket = std::net::UdpSocket::bind(("0.0.0.0", 0))?;
