@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::recover::Way;
 use crate::{Epoch, HostId, OrderId, VmId};
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -39,6 +40,17 @@ pub enum OrderKind {
     Release,
     /// To the former source after a switchover: quit the stopped primary that was kept as the way back.
     Retire,
+    /// An operator's way out of a state that ends by itself no more. `dead`: a host that runs no copy by the operator's word,
+    /// which is kept, and told to that host (at `link`, where it is not known) when it is back.
+    Recover {
+        way: Way,
+        #[serde(default)]
+        dead: Option<HostId>,
+        #[serde(default)]
+        link: Option<String>,
+    },
+    /// To the host where a former shadow is the VM: forget it while it runs on, its management is somebody else's.
+    HandOver,
 }
 
 impl OrderKind {
@@ -52,6 +64,8 @@ impl OrderKind {
             Self::Announce { .. } => "announce",
             Self::Release => "release",
             Self::Retire => "retire",
+            Self::Recover { .. } => "recover",
+            Self::HandOver => "hand_over",
         }
     }
 }
@@ -165,6 +179,8 @@ pub enum RefusalCode {
     PeerIdentity,
     /// The order itself makes no sense (a bad address, a round longer than half a second).
     BadOrder,
+    /// Somebody else stopped, changed, shut down or migrated the VM while it was copied.
+    Interfered,
     /// Something on this host failed: a full disk, a missing permission.
     Local,
 }

@@ -46,6 +46,9 @@ pub struct ReplicaStatus {
     pub role: Role,
     pub peer: HostId,
     pub epoch: Epoch,
+    /// The highest epoch that its host has seen of this VM: orders below it are refused there.
+    #[serde(default)]
+    pub seen: Epoch,
     pub phase: Phase,
     pub since: UnixMs,
     pub tier: Option<Tier>,

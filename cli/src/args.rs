@@ -90,6 +90,10 @@ pub enum Command {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         limit: u32,
     },
+    /// Tell whether a VM can be shadowed, and what stands in the way, before anything starts
+    Adopt(Adopt),
+    /// Find the way out of a state that a VM does not leave by itself: shows what would be done, and what it costs
+    Recover(Recover),
     /// Certificates for the replicators' link, where you have no CA of your own. Asks no RPS
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -99,6 +103,52 @@ pub enum Command {
         #[arg(long, value_name = "DIR", default_value = "/dev/shm/umbra")]
         ram_dir: PathBuf,
     },
+}
+
+#[derive(clap::Args, Debug)]
+pub struct Adopt {
+    /// UUID or unique name
+    pub vm: String,
+    /// Only look, which is all that this command does so far
+    #[arg(long)]
+    pub check: bool,
+    /// Ask this host too, whether it could hold the shadow
+    #[arg(long)]
+    pub host: Option<HostId>,
+    /// Ask the replicator of the VM's host instead of the RPS
+    #[arg(long, value_name = "URL", value_parser = base_url)]
+    pub replicator: Option<String>,
+    /// With --replicator and --host: where the host's link listens
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "replicator", requires = "host")]
+    pub link: Option<String>,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct Recover {
+    /// UUID or unique name
+    pub vm: String,
+    /// Do it; without it the steps are only shown
+    #[arg(long)]
+    pub yes: bool,
+    /// Only show the steps, even with --yes
+    #[arg(long)]
+    pub dry_run: bool,
+    /// This host is lost for ever or switched off: what it had counts as gone. Is the host alive after all, two copies run until
+    /// its replicator is reached again and ends its own
+    #[arg(long, value_name = "HOST")]
+    pub host_is_dead: Vec<HostId>,
+    /// End a shadow of unknown age rather than run it
+    #[arg(long)]
+    pub discard_shadow: bool,
+    #[command(flatten)]
+    pub at: At,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct At {
+    /// Ask replicators instead of the RPS, which may be gone; once for each host of the VM
+    #[arg(long = "replicator", value_name = "URL", value_parser = base_url)]
+    pub replicators: Vec<String>,
 }
 
 #[derive(Subcommand, Debug)]
@@ -155,6 +205,14 @@ pub enum ShadowCommand {
     Release {
         /// UUID or unique name
         vm: String,
+    },
+    /// Have the replicator forget a former shadow that is the VM now: it runs on, and is yours to manage. Prints how it runs
+    Handover {
+        /// UUID or unique name
+        vm: String,
+        /// The replicator of the host where it runs
+        #[arg(long, value_name = "URL", value_parser = base_url)]
+        replicator: String,
     },
 }
 

@@ -9,6 +9,7 @@ use crate::args::{Args, Command, ModeArg, PkiCommand, ShadowCommand, Since, VmCo
 use crate::doctor;
 use crate::error::Error;
 use crate::pki;
+use crate::recover;
 use crate::render::{self, Look};
 use crate::rps::Rps;
 
@@ -50,6 +51,7 @@ async fn ask(args: &Args, command: &Command, look: &Look) -> Result<String, Erro
     let ask = Ask {
         rps: &rps,
         json: args.json,
+        timeout: args.timeout,
         look,
     };
     match command {
@@ -61,6 +63,8 @@ async fn ask(args: &Args, command: &Command, look: &Look) -> Result<String, Erro
         Command::Mode { mode } => ask.mode(*mode).await,
         Command::Events { vm, since, limit } => ask.events(vm.as_deref(), *since, *limit).await,
         Command::Decisions { vm, limit } => ask.decisions(vm.as_deref(), *limit).await,
+        Command::Adopt(a) => recover::adopt(&ask, a).await,
+        Command::Recover(r) => recover::recover(&ask, r).await,
         // Answered before anybody is asked.
         Command::Pki(_) | Command::Doctor { .. } => Ok(String::new()),
     }
@@ -85,9 +89,10 @@ fn make(command: &PkiCommand, json: bool) -> Result<String, Error> {
     }
 }
 
-struct Ask<'a> {
-    rps: &'a Rps,
-    json: bool,
+pub struct Ask<'a> {
+    pub rps: &'a Rps,
+    pub json: bool,
+    pub timeout: std::time::Duration,
     look: &'a Look,
 }
 
@@ -135,6 +140,7 @@ impl Ask<'_> {
 
     async fn shadow(&self, command: &ShadowCommand) -> Result<String, Error> {
         let (vm, request) = match command {
+            ShadowCommand::Handover { vm, replicator } => return recover::hand_over(self, vm, replicator).await,
             ShadowCommand::Create { vm, host } => (vm, ShadowRequest::Create { host: host.clone() }),
             ShadowCommand::Switchover { vm } => (vm, ShadowRequest::Switchover),
             ShadowCommand::Failback { vm } => (vm, ShadowRequest::Failback),

@@ -24,6 +24,16 @@ pub enum Error {
     Unreachable { url: String, cause: String, sent: bool },
     #[error("what answers at {url} is no Umbra RPS, or one of another version: {cause}")]
     Foreign { url: String, cause: String },
+    /// A step of a recovery was refused; what was done before it.
+    #[error("{step}: {cause}{}", so_far(done))]
+    Step {
+        step: String,
+        cause: Box<Error>,
+        done: Vec<String>,
+    },
+    /// The report of a VM that can't be shadowed.
+    #[error("{0}")]
+    NotAdoptable(String),
     #[error(transparent)]
     Pki(#[from] crate::pki::PkiError),
     #[error("cannot start: {0}")]
@@ -35,6 +45,14 @@ fn told(p: &Problem) -> String {
     match p.detail.to_lowercase().starts_with(&p.title.to_lowercase()) {
         true => p.detail.clone(),
         false => p.to_string(),
+    }
+}
+
+/// Done steps stay done.
+fn so_far(done: &[String]) -> String {
+    match done {
+        [] => String::new(),
+        done => format!("\nDone before that:\n  {}", done.join("\n  ")),
     }
 }
 
@@ -67,6 +85,8 @@ impl Error {
             Self::NoSuchVm { .. } => 3,
             Self::Ambiguous { .. } => 2,
             Self::Unreachable { .. } => 5,
+            Self::Step { cause, .. } => cause.exit_code(),
+            Self::NotAdoptable(_) => 4,
             Self::Foreign { .. } | Self::Pki(_) | Self::Local(_) => 1,
         }
     }
@@ -79,6 +99,8 @@ impl Error {
             Self::Ambiguous { .. } => ("ambiguous_vm", "The name fits several VMs"),
             Self::Unreachable { .. } => ("rps_unreachable", "The RPS cannot be reached"),
             Self::Foreign { .. } => ("foreign_answer", "Not understood"),
+            Self::NotAdoptable(_) => ("not_adoptable", "The VM can't be shadowed"),
+            Self::Step { .. } => ("step", "A step of the recovery was refused"),
             Self::Pki(_) => ("pki", "No certificate was made"),
             Self::Local(_) => ("local", "This machine"),
         };

@@ -2,13 +2,15 @@
 //! stands it looks at itself.
 //!
 //! In reading order: [`args`], [`commands`] (one request, one answer), [`rps`] and [`vms`] (asking, and finding a VM by
-//! what was typed), [`render`] (views to text, pure), [`pki`], [`doctor`], [`error`] (exit codes).
+//! what was typed), [`render`] (views to text, pure), [`recover`] (the way out, without an RPS if
+//! need be), [`pki`], [`doctor`], [`error`] (exit codes).
 
 mod args;
 mod commands;
 mod doctor;
 mod error;
 mod pki;
+mod recover;
 mod render;
 mod rps;
 mod vms;

@@ -16,6 +16,11 @@ use umbra_api::wire::control::ShadowSpec;
 use umbra_api::{Epoch, HostId, UnixMs, VmId};
 use umbra_daemon::config::Invalid;
 
+mod adoptable;
+mod facts;
+mod fences;
+mod recover;
+
 use crate::adopt;
 use crate::config::Config;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
@@ -69,6 +74,8 @@ pub struct Hello {
     pub name: String,
     pub epoch: Epoch,
     pub host: HostId,
+    /// Where the source's own link listener is, if it has one.
+    pub link: Option<String>,
     pub spec: ShadowSpec,
 }
 
@@ -104,7 +111,9 @@ impl Engine {
             engine.take_up(record)?;
         }
         engine.sweep();
-        Ok(Arc::new(engine))
+        let engine = Arc::new(engine);
+        fences::keep_telling(&engine)?;
+        Ok(engine)
     }
 
     pub fn security(&self) -> Security {
@@ -204,9 +213,13 @@ impl Engine {
         for record in self.core.journal.all() {
             let entry = vms.entry(record.vm).or_default();
             self.reap(&record, entry);
-            out.extend(entry.source.as_ref().map(|s| retired(s.status(), &record)));
+            let seen = |mut status: ReplicaStatus| {
+                status.seen = record.epoch;
+                status
+            };
+            out.extend(entry.source.as_ref().map(|s| seen(retired(s.status(), &record))));
             match (&entry.target, &record.target) {
-                (Some(t), _) => out.push(t.status()),
+                (Some(t), _) => out.push(seen(t.status())),
                 (None, Some(t)) if t.durable == TargetDurable::Admitted => out.push(admitted(&record, t)),
                 _ => {}
             }
@@ -226,6 +239,10 @@ impl Engine {
 
     /// Takes or refuses an order. Blocking: adopting a VM asks QEMU a dozen questions.
     pub fn order(&self, order: &Order) -> Result<(), Refusal> {
+        let early = self.core.journal.get(order.vm);
+        if early.is_none_or(|r| !r.knows(order.id) && order.epoch >= r.epoch) {
+            self.fence_first(order)?;
+        }
         let mut vms = self.lock();
         let record = self.core.journal.get(order.vm);
         if record.as_ref().is_some_and(|r| r.knows(order.id)) {
@@ -270,6 +287,8 @@ impl Engine {
             },
             OrderKind::Release => self.release(order, entry),
             OrderKind::Retire => self.retire(order, entry),
+            OrderKind::Recover { way, dead, link } => self.recover(order, entry, *way, dead.as_ref(), link.as_deref()),
+            OrderKind::HandOver => self.hand_over(order, entry),
         }
     }
 
@@ -295,6 +314,7 @@ impl Engine {
             epoch: order.epoch,
             durable: TargetDurable::Admitted,
             shadow: None,
+            link: None,
             since: unix_ms(),
             error: None,
         };
@@ -508,6 +528,7 @@ impl Engine {
                 r.name.clone_from(&hello.name);
                 if let Some(t) = r.target.as_mut() {
                     t.durable = TargetDurable::Shadow;
+                    t.link.clone_from(&hello.link);
                     t.shadow = Some(shadow.record.clone());
                 }
             });
@@ -650,6 +671,7 @@ fn admitted(record: &VmRecord, t: &TargetRecord) -> ReplicaStatus {
         role: Role::Target,
         peer: t.peer.clone(),
         epoch: t.epoch,
+        seen: record.epoch,
         phase: Phase::Provisioning,
         since: t.since,
         tier: None,

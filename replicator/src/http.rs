@@ -1,7 +1,8 @@
-//! The daemon's HTTP: `POST /v1/orders`, `GET /v1/replicas`, `GET` and `PUT /v1/limits`, `/metrics`, `/healthz`, `/readyz`.
+//! The daemon's HTTP: `POST /v1/orders`, `GET /v1/replicas`, `GET /v1/vms/{vm}/facts` and `…/adoptable`, `GET` and `PUT /v1/limits`, `/metrics`, `/healthz`, `/readyz`.
 
 use std::sync::Arc;
 
+use umbra_api::HostId;
 use umbra_api::order::Order;
 use umbra_api::problem::Problem;
 use umbra_daemon::http::{self, Method, Reply, Request, status};
@@ -23,6 +24,7 @@ pub async fn answer(engine: Arc<Engine>, request: Request) -> Reply {
             http::outcome(status::ACCEPTED, taken.and_then(|r| r))
         }
         (&Method::GET, "/v1/replicas") => http::outcome(status::OK, blocking(move || engine.replicas()).await),
+        (&Method::GET, path) if path.starts_with("/v1/vms/") => vm(engine, &request).await,
         (&Method::GET, "/v1/limits") => http::outcome(status::OK, Ok(engine.limits())),
         (&Method::PUT, "/v1/limits") => match request.json::<Limits>() {
             Ok(Limits {
@@ -40,6 +42,46 @@ pub async fn answer(engine: Arc<Engine>, request: Request) -> Reply {
         },
         (&Method::GET, "/healthz" | "/readyz") => http::reply(status::OK, "text/plain", "ok\n"),
         _ => http::problem(&Problem::not_found(format!("{} {}", request.method, request.path))),
+    }
+}
+
+/// `GET /v1/vms/{uuid or name}/facts`, and `GET /v1/vms/{uuid or name}/adoptable?target=HOST&link=ADDRESS:PORT`
+async fn vm(engine: Arc<Engine>, request: &Request) -> Reply {
+    let parts = request.segments();
+    match parts.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [_, _, word, "facts"] => {
+            let word = word.to_owned();
+            let facts = blocking(move || {
+                engine
+                    .find(&word)
+                    .and_then(|vm| engine.facts(vm))
+                    .map_err(Problem::from)
+            });
+            http::outcome(status::OK, facts.await.and_then(|r| r))
+        }
+        [_, _, word, "adoptable"] => {
+            let (word, target) = (word.to_owned(), target(request));
+            let report = blocking(move || {
+                let target = target?;
+                let vm = engine.find(&word)?;
+                let target = target.as_ref().map(|(host, link)| (host, link.as_str()));
+                Ok::<_, Problem>(engine.adoptable(vm, target))
+            });
+            http::outcome(status::OK, report.await.and_then(|r| r))
+        }
+        _ => http::problem(&Problem::not_found(format!("{} is not served", request.path))),
+    }
+}
+
+/// The host that is to be asked too, if one is.
+fn target(request: &Request) -> Result<Option<(HostId, String)>, Problem> {
+    match (request.query("target"), request.query("link")) {
+        (None, None) => Ok(None),
+        (Some(host), Some(link)) => match host.parse() {
+            Ok(host) => Ok(Some((host, link.to_owned()))),
+            Err(e) => Err(Problem::bad_request(format!("query: target: {e}"))),
+        },
+        _ => Err(Problem::bad_request("query: target and link go together")),
     }
 }
 

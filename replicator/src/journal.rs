@@ -39,6 +39,19 @@ pub struct VmRecord {
     pub orders: VecDeque<OrderId>,
     pub source: Option<SourceRecord>,
     pub target: Option<TargetRecord>,
+    /// A host that an operator declared dead, until it was told.
+    #[serde(default)]
+    pub fence: Option<Fence>,
+}
+
+/// The copy on that host must end when it is back.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fence {
+    pub host: HostId,
+    /// Its link address; without it only an operator can tell it.
+    pub link: Option<String>,
+    pub epoch: Epoch,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,12 +84,15 @@ pub struct TargetRecord {
     pub epoch: Epoch,
     pub durable: target::machine::Durable,
     pub shadow: Option<ShadowRecord>,
+    /// The source's own link address.
+    #[serde(default)]
+    pub link: Option<String>,
     pub since: UnixMs,
     pub error: Option<Refusal>,
 }
 
 impl VmRecord {
-    fn new(vm: VmId) -> Self {
+    pub fn new(vm: VmId) -> Self {
         Self {
             vm,
             name: String::new(),
@@ -84,6 +100,7 @@ impl VmRecord {
             orders: VecDeque::new(),
             source: None,
             target: None,
+            fence: None,
         }
     }
 

@@ -172,6 +172,7 @@ mod tests {
             role,
             peer: "b".parse().unwrap(),
             epoch: Epoch(1),
+            seen: Epoch(1),
             phase: Phase::Standby,
             since: umbra_api::UnixMs(0),
             tier: None,

@@ -102,6 +102,7 @@ fn hello(as_host: &str, epoch: u64) -> Message {
         vm: VM,
         name: "web".into(),
         epoch: Epoch(epoch),
+        port: None,
         host: host(as_host),
         spec: Box::new(ShadowSpec {
             qemu_version: (10, 0, 2),
@@ -111,6 +112,7 @@ fn hello(as_host: &str, epoch: u64) -> Message {
             ram: Vec::new(),
             nics: Vec::new(),
             disks: Vec::new(),
+            host_cpu: None,
             files: Vec::new(),
         }),
     }

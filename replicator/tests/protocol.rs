@@ -14,6 +14,8 @@ use umbra_replicator::target::machine as target;
 
 const PROTECT: Epoch = Epoch(1);
 const SWITCH: Epoch = Epoch(2);
+/// Of an operator's recovery.
+const FENCE: Epoch = Epoch(3);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Primary {
@@ -91,10 +93,27 @@ struct World {
     primary_deaths: u8,
     load_failures: u8,
     mirror_failures: u8,
+    shadow_deaths: u8,
+    /// Recoveries that an operator may still order.
+    recoveries: u8,
+    /// The target's shadow is gone, which its replicator has yet to notice.
+    shadow_news: bool,
+    /// How far a fence is that the source asked the target for.
+    fence: Fence,
+    /// A copy died that was the VM: nothing runs until an operator has it so.
+    lost: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Fence {
+    No,
+    Asked,
+    Granted,
+    Refused,
 }
 
 impl World {
-    fn new(crashes: u8, cuts: u8) -> Self {
+    fn new(crashes: u8, cuts: u8, recoveries: u8) -> Self {
         let mut m = source::Machine::new();
         m.apply(source::Input::Seeded);
         let mut t = target::Machine::new(PROTECT);
@@ -124,8 +143,14 @@ impl World {
             cuts,
             timeouts: 1,
             primary_deaths: 1,
-            load_failures: 1,
-            mirror_failures: 1,
+            load_failures: 1 - recoveries,
+            mirror_failures: 1 - recoveries,
+            // The faults of an operator's day, which are many enough by themselves.
+            shadow_deaths: recoveries,
+            recoveries,
+            shadow_news: false,
+            fence: Fence::No,
+            lost: false,
         }
     }
 
@@ -208,6 +233,10 @@ impl World {
             }
             // Done by the step `resolve`, which may happen at any time later.
             A::Resolve { .. } => {}
+            A::Kill => {
+                self.primary = Primary::Gone;
+                self.acked = false;
+            }
             A::TakeBack => {
                 if self.primary == Primary::Postmigrate {
                     self.primary_runs();
@@ -231,7 +260,9 @@ impl World {
             }
             A::SayPrepared { .. } => self.send_source(ToSource::Prepared),
             A::SayRunning { .. } => self.send_source(ToSource::Running),
+            A::SayAborted { epoch: FENCE } => self.fence = Fence::Granted,
             A::SayAborted { .. } => self.send_source(ToSource::Aborted),
+            A::Refuse(_) if self.fence == Fence::Asked => self.fence = Fence::Refused,
             A::Refuse(_) => self.send_source(ToSource::Refused),
             A::Resume => match self.shadow {
                 Shadow::Loaded | Shadow::Runs => {
@@ -243,8 +274,13 @@ impl World {
                     self.shadow = Shadow::Runs;
                     self.tell_target(target::Input::Resumed);
                 }
+                // It died a moment ago.
+                Shadow::Gone if self.shadow_news => self.tell_target(target::Input::ShadowGone),
                 other => panic!("cont of a shadow that is {other:?}"),
             },
+            A::Kill => {
+                (self.daemon, self.shadow) = (false, Shadow::Gone);
+            }
             A::Discard => {
                 assert_ne!(self.shadow, Shadow::Runs, "a running VM is discarded");
                 self.daemon = false;
@@ -307,6 +343,7 @@ impl World {
         self.messages(&mut out);
         self.qemus(&mut out);
         self.faults(&mut out);
+        self.operator(&mut out);
         out
     }
 
@@ -353,6 +390,12 @@ impl World {
         let ended = self.source_is(|s| matches!(s, source::State::Ended { .. }));
         if resolving && self.link.is_none() && !self.source_lost && self.target.alive.is_some() {
             self.then("source asks", out, |w| {
+                w.link = Some(([ToTarget::Resolve].into(), VecDeque::new()))
+            });
+        }
+        let quiet = self.link.as_ref().is_some_and(|(a, b)| a.is_empty() && b.is_empty());
+        if resolving && quiet && !self.source_lost && self.target_idle() {
+            self.then("source asks anew", out, |w| {
                 w.link = Some(([ToTarget::Resolve].into(), VecDeque::new()))
             });
         }
@@ -459,6 +502,8 @@ impl World {
                 w.source.alive = None;
                 w.close_socket();
                 w.acked = false;
+                // An answer that it waited for is lost with it.
+                w.fence = Fence::No;
                 (w.source_lost, w.primary_news) = (false, false);
                 w.target_lost |= w.link.take().is_some() && w.target.alive.is_some();
             });
@@ -473,7 +518,10 @@ impl World {
                 } else if w.shadow == Shadow::Fed {
                     w.shadow = Shadow::Loaded;
                 }
-                w.target_lost = false;
+                (w.target_lost, w.shadow_news) = (false, false);
+                if w.fence == Fence::Asked {
+                    w.fence = Fence::No;
+                }
                 w.source_lost |= w.link.take().is_some() && w.source.alive.is_some();
             });
         }
@@ -483,9 +531,14 @@ impl World {
                 w.cut();
             });
         }
-        if self.timeouts > 0 && self.source_idle() && !self.source_is(|s| matches!(s, source::State::Ended { .. })) {
+        // A commit that is not answered is not waited for for ever.
+        let unanswered = self.source_is(|s| matches!(s, source::State::Committing { .. }));
+        if (self.timeouts > 0 || unanswered)
+            && self.source_idle()
+            && !self.source_is(|s| matches!(s, source::State::Ended { .. }))
+        {
             self.then("time is up", out, |w| {
-                w.timeouts -= 1;
+                w.timeouts = w.timeouts.saturating_sub(1);
                 w.tell_source(source::Input::TimedOut);
             });
         }
@@ -498,14 +551,60 @@ impl World {
         }
     }
 
+    /// What an operator has a replicator do, and a shadow's death, which makes it necessary.
+    fn operator(&self, out: &mut Vec<(&'static str, World)>) {
+        if self.shadow_deaths > 0 && matches!(self.shadow, Shadow::Loaded | Shadow::Runs) {
+            self.then("shadow dies", out, |w| {
+                w.shadow_deaths -= 1;
+                w.lost |= w.shadow == Shadow::Runs;
+                w.shadow = Shadow::Gone;
+                w.shadow_news = w.target.alive.is_some();
+            });
+        }
+        if self.shadow_news && self.target_idle() {
+            self.then("target notices that the shadow is gone", out, |w| {
+                w.shadow_news = false;
+                w.tell_target(target::Input::ShadowGone);
+            });
+        }
+        let stopped =
+            self.source_is(|s| matches!(s, source::State::HandedOver { .. } | source::State::Resolving { .. }));
+        if self.recoveries > 0 && stopped && self.primary == Primary::Postmigrate && self.target_idle() {
+            self.then(
+                "operator wants the primary back: the target is asked to write that down",
+                out,
+                |w| {
+                    w.recoveries -= 1;
+                    w.fence = Fence::Asked;
+                    w.tell_target(target::Input::Fence {
+                        epoch: FENCE,
+                        dead: false,
+                    });
+                },
+            );
+        }
+        if self.fence == Fence::Granted && self.source_idle() {
+            self.then("source hears that the target's copy never runs", out, |w| {
+                w.fence = Fence::No;
+                w.tell_source(source::Input::Fenced { epoch: FENCE });
+            });
+        }
+        if self.recoveries > 0 && self.source_is(|s| matches!(s, source::State::Orphaned { .. })) {
+            self.then("operator wants the shadow run", out, |w| {
+                w.recoveries -= 1;
+                w.tell_source(source::Input::Ask);
+            });
+        }
+    }
+
     fn running(&self) -> usize {
         usize::from(self.primary == Primary::Runs) + usize::from(self.shadow == Shadow::Runs)
     }
 }
 
 /// Visits every state, and returns how many there are. A violation prints the way to it.
-fn explore(crashes: u8, cuts: u8) -> usize {
-    let start = World::new(crashes, cuts);
+fn explore(crashes: u8, cuts: u8, recoveries: u8) -> usize {
+    let start = World::new(crashes, cuts, recoveries);
     let mut from: HashMap<World, Option<(World, &'static str)>> = HashMap::from([(start.clone(), None)]);
     let mut queue = VecDeque::from([start]);
     while let Some(w) = queue.pop_front() {
@@ -514,7 +613,7 @@ fn explore(crashes: u8, cuts: u8) -> usize {
         }
         let steps = w.steps();
         // A primary that died took the VM along; if its shadow was prepared, an operator can run that.
-        let lost = w.primary == Primary::Gone;
+        let lost = w.primary == Primary::Gone || w.lost;
         if steps.is_empty() && w.running() != 1 && !lost {
             panic!(
                 "nothing is left to happen, and {} copies run:\n{}",
@@ -545,12 +644,22 @@ fn way(from: &HashMap<World, Option<(World, &'static str)>>, end: &World) -> Str
 
 #[test]
 fn one_copy_without_faults() {
-    assert!(explore(0, 0) > 20);
+    assert!(explore(0, 0, 0) > 20);
 }
 
 #[test]
 fn one_copy_with_two_crashes_and_a_cut() {
-    let states = explore(2, 1);
+    let states = explore(2, 1, 0);
     println!("{states} states");
     assert!(states > 1000);
+}
+
+/// An operator takes the primary back, or has a shadow of unknown age run, at any moment at which that can be ordered.
+#[test]
+fn one_copy_when_an_operator_recovers() {
+    for (crashes, cuts) in [(1, 1), (2, 0)] {
+        let states = explore(crashes, cuts, 1);
+        println!("{states} states");
+        assert!(states > 1000);
+    }
 }

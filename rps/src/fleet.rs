@@ -40,7 +40,7 @@ pub fn replica<'a>(fleet: &'a Fleet, host: &HostId, vm: VmId, role: Role) -> Opt
 /// The highest epoch that anybody reports for this VM.
 pub fn highest_epoch(fleet: &Fleet, vm: VmId) -> Epoch {
     let all = fleet.values().flat_map(|r| &r.replicas).filter(|r| r.vm == vm);
-    all.map(|r| r.epoch).max().unwrap_or_default()
+    all.map(|r| r.epoch.max(r.seen)).max().unwrap_or_default()
 }
 
 /// Who says that it runs a VM.
@@ -94,6 +94,7 @@ mod tests {
             role,
             peer: "p".parse().unwrap(),
             epoch: Epoch(epoch),
+            seen: Epoch(epoch),
             phase,
             since: UnixMs(0),
             tier: None,

@@ -324,3 +324,29 @@ async fn broken_and_huge_requests_get_an_answer_and_harm_nobody() {
     assert_eq!(rps.client.get_text("/healthz").await.unwrap(), "ok\n");
     rps.stop().await;
 }
+
+/// With its only replicator down the RPS knows nothing, does nothing, and says what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_way_out_is_asked_for_and_nothing_is_done_blindly() {
+    let dir = tempfile::tempdir().unwrap();
+    let rps = start(dir.path()).await;
+    rps.push_until_seen(&[(1, "web")]).await;
+    for dry_run in ["", "?dry_run=true"] {
+        let plan: Value = rps
+            .client
+            .post(&format!("/v1/vms/web/recover{dry_run}"), &json!({}))
+            .await
+            .unwrap();
+        assert_eq!(plan["steps"], json!([]), "{plan}");
+        assert!(plan["found"][0].as_str().unwrap().contains("does not answer"), "{plan}");
+    }
+    let (status, code, _) = rps.post_refused("/v1/vms/web/recover?dry_run=maybe", json!({})).await;
+    assert_eq!((status, code.as_str()), (400, "bad_request"));
+    let (status, code, _) = rps.post_refused("/v1/vms/web/recover", json!({"ded": []})).await;
+    assert_eq!((status, code.as_str()), (400, "bad_request"));
+    let (status, _, _) = rps.post_refused("/v1/vms/nobody/recover", json!({})).await;
+    assert_eq!(status, 404);
+    let (status, _, detail) = rps.refused("/v1/vms/web/adoptable?target=nowhere").await;
+    assert!(status == 404 && detail.contains("nowhere"), "{detail}");
+    rps.stop().await;
+}

@@ -29,6 +29,9 @@ pub enum Message {
         name: String,
         epoch: Epoch,
         host: HostId,
+        /// Port of the source's own link listener, at which it can be asked.
+        #[serde(default)]
+        port: Option<u16>,
         spec: Box<ShadowSpec>,
     },
     /// The shadow's QEMU waits; its RAM files are there.
@@ -82,6 +85,23 @@ pub enum Message {
         vm: VmId,
         epoch: Epoch,
     },
+    /// Asked on a new connection: the copy of `vm` on the other side must never run below `epoch`. `dead`: nor go on running,
+    /// since an operator declared that host dead. Answered by `Aborted` once it is durable and done.
+    Fence {
+        vm: VmId,
+        epoch: Epoch,
+        dead: bool,
+    },
+    /// Asked on a new connection: could a shadow like this be held? Nothing is started.
+    Check {
+        vm: VmId,
+        host: HostId,
+        spec: Box<ShadowSpec>,
+    },
+    /// All that is in the way of it.
+    Checked {
+        lacks: Vec<Refusal>,
+    },
     Refused {
         refusal: Refusal,
     },
@@ -124,6 +144,21 @@ pub struct ShadowSpec {
     /// Writable disks that are copied to images of the target's.
     #[serde(default)]
     pub disks: Vec<Disk>,
+    /// The primary's host's CPU, if the guest sees it as it is.
+    #[serde(default)]
+    pub host_cpu: Option<HostCpu>,
+}
+
+/// A CPU as a guest would see it through `-cpu host`, in the words of /proc/cpuinfo.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostCpu {
+    pub vendor: String,
+    pub family: String,
+    pub model: String,
+    pub name: String,
+    /// Sorted, with blanks between them.
+    pub flags: String,
 }
 
 /// One argument of the shadow's command line.

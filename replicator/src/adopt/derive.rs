@@ -12,7 +12,7 @@ use umbra_api::wire::control::{Arg, Disk, Nic, RamBlock, ShadowSpec};
 use super::facts::{Facts, Storage};
 use super::options::{Opts, Pair};
 use super::rules::{DISKS, OBJECTS_CARRIED, Rule, TERMINAL, device_refusal, rule};
-use super::{chardev, disk, netdev};
+use super::{chardev, cpu, disk, netdev};
 use crate::launch::QMP_ID;
 use crate::launch::command::is_plain_name;
 use crate::qmp::Version;
@@ -33,9 +33,20 @@ pub fn derive(args: &[String], facts: &Facts) -> Result<Derived, Refusal> {
         );
         return Err(Refusal::new(RefusalCode::QemuTooOld, why));
     }
-    let (program, args) = args.split_first().ok_or_else(|| unsupported("an empty command line"))?;
+    let (derived, refusals) = all(args, facts);
+    match (derived, refusals.into_iter().next()) {
+        (Some(derived), None) => Ok(derived),
+        (_, refusal) => Err(refusal.unwrap_or_else(|| unsupported("the command line"))),
+    }
+}
+
+/// The same with every refusal, in the command line's order. With any of them there is no spec.
+pub fn all(args: &[String], facts: &Facts) -> (Option<Derived>, Vec<Refusal>) {
+    let Some((program, args)) = args.split_first() else {
+        return (None, vec![unsupported("an empty command line")]);
+    };
     let mut walk = Walk::new(args, facts);
-    walk.run()?;
+    walk.run();
     walk.finish(program)
 }
 
@@ -52,6 +63,8 @@ pub(super) struct Walk<'a> {
     pub(super) disks: Vec<Disk>,
     files: Vec<String>,
     pub(super) warnings: Vec<String>,
+    refusals: Vec<Refusal>,
+    host_cpu: bool,
     /// Options of all `-machine`s together.
     machine: Vec<Pair>,
     /// Backends that `-numa` and memory devices name.
@@ -78,6 +91,8 @@ impl<'a> Walk<'a> {
             disks: Vec::new(),
             files: Vec::new(),
             warnings: Vec::new(),
+            refusals: Vec::new(),
+            host_cpu: false,
             machine: Vec::new(),
             memdevs: Vec::new(),
             device_ids: Vec::new(),
@@ -92,34 +107,44 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn run(&mut self) -> Result<(), Refusal> {
+    fn run(&mut self) {
         let mut args = self.args.iter();
         while let Some(arg) = args.next() {
-            let Some(option) = arg.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else {
-                return Err(unsupported(format!("the disk {arg}: {DISKS}")));
-            };
-            let rule = rule(option).ok_or_else(|| {
-                unsupported(format!(
-                    "the option {arg}: it is not known whether it belongs to the VM or to its host"
-                ))
-            })?;
-            let flag = matches!(rule, Rule::Carry | Rule::Drop | Rule::Refuse(_))
-                || matches!(option, "nodefaults" | "nographic");
-            let value = match (flag, args.next_if_value(flag)) {
-                (false, None) => return Err(unsupported(format!("the option {arg} without a value"))),
-                (_, value) => value.unwrap_or_default(),
-            };
-            match rule {
-                Rule::Carry => self.plain(arg),
-                Rule::CarryValue => self.pair(arg, value),
-                Rule::Drop | Rule::DropValue => {}
-                Rule::Refuse(why) => return Err(unsupported(format!("the option {arg}: {why}"))),
-                Rule::File => {
-                    let path = self.file(value);
-                    self.pair(arg, &path);
+            if let Err(refusal) = self.option(arg, &mut args) {
+                self.refusals.push(refusal);
+                // What follows an option that is refused may be its value.
+                while args.as_slice().first().is_some_and(|next| !next.starts_with('-')) {
+                    args.next();
                 }
-                Rule::Special => self.special(option, arg, value)?,
             }
+        }
+    }
+
+    fn option(&mut self, arg: &str, args: &mut std::slice::Iter<'_, String>) -> Result<(), Refusal> {
+        let Some(option) = arg.strip_prefix('-').map(|o| o.strip_prefix('-').unwrap_or(o)) else {
+            return Err(unsupported(format!("the disk {arg}: {DISKS}")));
+        };
+        let rule = rule(option).ok_or_else(|| {
+            unsupported(format!(
+                "the option {arg}: it is not known whether it belongs to the VM or to its host; start the VM without it"
+            ))
+        })?;
+        let flag =
+            matches!(rule, Rule::Carry | Rule::Drop | Rule::Refuse(_)) || matches!(option, "nodefaults" | "nographic");
+        let value = match (flag, args.next_if_value(flag)) {
+            (false, None) => return Err(unsupported(format!("the option {arg} without a value"))),
+            (_, value) => value.unwrap_or_default(),
+        };
+        match rule {
+            Rule::Carry => self.plain(arg),
+            Rule::CarryValue => self.pair(arg, value),
+            Rule::Drop | Rule::DropValue => {}
+            Rule::Refuse(why) => return Err(unsupported(format!("the option {arg}: {why}"))),
+            Rule::File => {
+                let path = self.file(value);
+                self.pair(arg, &path);
+            }
+            Rule::Special => self.special(option, arg, value)?,
         }
         Ok(())
     }
@@ -182,13 +207,28 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn finish(mut self, program: &str) -> Result<Derived, Refusal> {
-        self.check_consoles()?;
-        self.check_hotplug()?;
-        if self.facts.storage == Storage::Private {
-            disk::check_all(&self)?;
+    fn finish(mut self, program: &str) -> (Option<Derived>, Vec<Refusal>) {
+        let mut refusals = std::mem::take(&mut self.refusals);
+        // An option that was refused is named already: what it would have brought is no finding of its own.
+        let whole = refusals.is_empty();
+        refusals.extend(self.check_consoles().err());
+        if whole {
+            refusals.extend(self.check_hotplug().err());
+            if self.facts.storage == Storage::Private {
+                refusals.extend(disk::check_all(&self).err());
+            }
         }
-        let ram = self.ram()?;
+        match self.ram() {
+            Ok(ram) if refusals.is_empty() => (Some(self.derived(program, ram)), refusals),
+            Ok(_) => (None, refusals),
+            Err(refusal) => {
+                refusals.extend(whole.then_some(refusal));
+                (None, refusals)
+            }
+        }
+    }
+
+    fn derived(mut self, program: &str, ram: Vec<RamBlock>) -> Derived {
         let text = self.machine.iter().map(Pair::render).collect::<Vec<_>>().join(",");
         let comma = if text.is_empty() { "" } else { "," };
         let machine = [
@@ -198,7 +238,7 @@ impl<'a> Walk<'a> {
         let version = self.facts.version;
         self.files.sort_unstable();
         self.files.dedup();
-        Ok(Derived {
+        Derived {
             spec: ShadowSpec {
                 qemu_version: (version.major, version.minor, version.micro),
                 binary: program.rsplit('/').next().unwrap_or(program).to_owned(),
@@ -208,9 +248,10 @@ impl<'a> Walk<'a> {
                 nics: self.nics,
                 files: self.files,
                 disks: self.disks,
+                host_cpu: self.host_cpu.then(cpu::this).flatten(),
             },
             warnings: self.warnings,
-        })
+        }
     }
 
     /// Without `-nodefaults` QEMU adds what was not asked for: a user-mode NIC, consoles on the terminal.
@@ -266,13 +307,13 @@ impl<'a> Walk<'a> {
         for memdev in &self.facts.memdevs {
             if !self.memdevs.contains(&memdev.id) {
                 return Err(unsupported(format!(
-                    "the memory {}: it is neither the machine's nor a DIMM's",
+                    "the memory {}: it is neither the machine's nor a DIMM's; start the VM without it",
                     memdev.id
                 )));
             }
             if memdev.by_path || !is_plain_name(&memdev.id) {
                 return Err(unsupported(format!(
-                    "the memory {}: its name in the migration stream is a path",
+                    "the memory {}: its name in the migration stream is a path; give the backend a plain id and start the VM with a newer machine type",
                     memdev.id
                 )));
             }
@@ -301,9 +342,8 @@ impl<'a> Walk<'a> {
 
     fn cpu(&mut self, arg: &str, value: &str) -> Result<(), Refusal> {
         if parse(value, "model")?.get("model").as_deref() == Some("host") {
-            let why =
-                "-cpu host: the shadow's host must have the same CPU model, or the guest may crash after a switchover";
-            self.warnings.push(why.into());
+            // Whether the target's is the same is asked there.
+            self.host_cpu = true;
         }
         self.pair(arg, value);
         Ok(())
@@ -334,7 +374,9 @@ impl<'a> Walk<'a> {
             kind if kind.starts_with("tls-creds-") || OBJECTS_CARRIED.contains(&kind) => {
                 self.files_within("object", arg, value)
             }
-            _ => Err(unsupported(format!("the object {value}: {kind} was not tried"))),
+            _ => Err(unsupported(format!(
+                "the object {value}: {kind} was not tried; start the VM without it"
+            ))),
         }
     }
 

@@ -4,6 +4,7 @@
 //! If several QEMUs have the VM's UUID (a primary that was switched away from, a shadow that waits), the one that runs is it.
 
 mod chardev;
+pub mod cpu;
 pub mod derive;
 mod disk;
 pub mod facts;
@@ -46,17 +47,54 @@ pub fn adopt(vm: VmId, scope: Scope, storage: Storage) -> Result<Adopted, Refusa
     adopt_held(process, qmp, storage)
 }
 
+/// All that can be told about a VM's adoption.
+#[derive(Debug)]
+pub struct Checked {
+    pub name: String,
+    /// QEMU's version and machine type.
+    pub qemu: String,
+    /// `None` if there are refusals.
+    pub spec: Option<ShadowSpec>,
+    pub refusals: Vec<Refusal>,
+    pub warnings: Vec<String>,
+}
+
+/// Looks for everything that stands in the way, and not only for the first thing. The VM is only asked.
+pub fn check(vm: VmId, scope: Scope, storage: Storage) -> Result<Checked, Refusal> {
+    let all = proc::scan(scope).map_err(|e| Refusal::new(RefusalCode::Local, format!("/proc: {e}")))?;
+    let (process, qmp) = choose(vm, all.into_iter().filter(|q| q.uuid == Some(vm.0)).collect())?;
+    let version = qmp.version();
+    too_old(version)?;
+    let facts = Facts::gather(&process, &qmp, storage)?;
+    let qemu = format!("QEMU {version}, {}", facts.machine);
+    let name = process.name.clone().unwrap_or_else(|| vm.to_string());
+    let (derived, refusals) = derive::all(&process.args, &facts);
+    let (spec, warnings) = derived.map_or((None, Vec::new()), |d| (Some(d.spec), d.warnings));
+    Ok(Checked {
+        name,
+        qemu,
+        spec,
+        refusals,
+        warnings,
+    })
+}
+
+/// Before the facts are asked for: an old QEMU would stumble over the questions.
+fn too_old(version: Version) -> Result<(), Refusal> {
+    if version >= Version::OLDEST {
+        return Ok(());
+    }
+    let why = format!(
+        "QEMU {version}: {} or newer is needed, which can hold a migration; start the VM with a newer QEMU",
+        Version::OLDEST
+    );
+    Err(Refusal::new(RefusalCode::QemuTooOld, why))
+}
+
 /// The same for a QEMU whose monitor this replicator holds already: a shadow that became the primary.
 pub fn adopt_held(process: QemuProcess, qmp: Client, storage: Storage) -> Result<Adopted, Refusal> {
     let version = qmp.version();
-    if version < Version::OLDEST {
-        // Before the facts are asked for: an old QEMU would stumble over the questions.
-        let why = format!(
-            "QEMU {version}: {} or newer is needed, which can hold a migration",
-            Version::OLDEST
-        );
-        return Err(Refusal::new(RefusalCode::QemuTooOld, why));
-    }
+    too_old(version)?;
     let facts = Facts::gather(&process, &qmp, storage)?;
     let Derived { spec, warnings } = derive(&process.args, &facts)?;
     let name = process

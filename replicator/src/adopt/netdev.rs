@@ -40,7 +40,11 @@ pub(super) fn network(walk: &mut Walk, option: &str, arg: &str, value: &str) -> 
                 "{arg} {value}: its state lives outside QEMU; use a tap"
             )));
         }
-        _ => return Err(unsupported(format!("{arg} {value}: only taps were tried"))),
+        _ => {
+            return Err(unsupported(format!(
+                "{arg} {value}: only taps were tried; use a tap on a bridge"
+            )));
+        }
     }
     let index = walk.nics.len();
     let queues = fd_count(&opts);

@@ -11,7 +11,7 @@ pub enum Rule {
     /// Of this host, or of how the primary was started.
     Drop,
     DropValue,
-    /// With the reason and what to do about it.
+    /// With the reason and, behind a semicolon, what to do about it.
     Refuse(&'static str),
     /// The value names a file that the target must have.
     File,
@@ -24,7 +24,7 @@ pub const TERMINAL: &str = "its other end, a terminal or a desktop, stays on thi
                             sockets (server=on,wait=off) for consoles";
 
 /// A disk whose option leaves to QEMU what it is.
-pub const DISKS: &str = "write it as -drive file=…,format=…: then it can be copied";
+pub const DISKS: &str = "what it is is left to QEMU; write it as -drive file=…,format=…: then it can be copied";
 
 use Rule::{Carry, CarryValue, Drop, DropValue, File, Refuse, Special};
 
@@ -131,20 +131,28 @@ const RULES: &[(&str, Rule)] = &[
     ("fdb", Refuse(DISKS)),
     (
         "fsdev",
-        Refuse("a shared directory lives on this host and blocks migration"),
+        Refuse("a shared directory lives on this host and blocks migration; share it over the network, as by NFS"),
     ),
     ("full-screen", Refuse(TERMINAL)),
     ("hda", Refuse(DISKS)),
     ("hdb", Refuse(DISKS)),
     ("hdc", Refuse(DISKS)),
     ("hdd", Refuse(DISKS)),
-    ("iscsi", Refuse("not tried")),
+    (
+        "iscsi",
+        Refuse("not tried; let the host attach the disk, and set storage = \"shared\" if both do"),
+    ),
     ("mtdblock", Refuse(DISKS)),
     ("pflash", Refuse(DISKS)),
-    ("plugin", Refuse("a TCG plugin's state is not migrated")),
+    (
+        "plugin",
+        Refuse("a TCG plugin's state is not migrated; start the VM without it"),
+    ),
     (
         "preconfig",
-        Refuse("the machine was configured over QMP, so its command line does not describe it"),
+        Refuse(
+            "the machine was configured over QMP, so its command line does not describe it; put it on the command line",
+        ),
     ),
     (
         "readconfig",
@@ -153,16 +161,16 @@ const RULES: &[(&str, Rule)] = &[
     ("sd", Refuse(DISKS)),
     (
         "snapshot",
-        Refuse("the disk's changes live in a temporary file of this host"),
+        Refuse("the disk's changes live in a temporary file of this host; use an overlay image of its own"),
     ),
     ("spice", Refuse("not tried; use -vnc")),
     (
         "tpmdev",
-        Refuse("the TPM's state lives in another process of this host"),
+        Refuse("the TPM's state lives in another process of this host; start the VM without a TPM"),
     ),
     (
         "virtfs",
-        Refuse("a shared directory lives on this host and blocks migration"),
+        Refuse("a shared directory lives on this host and blocks migration; share it over the network, as by NFS"),
     ),
 ];
 
@@ -173,28 +181,70 @@ pub fn rule(option: &str) -> Option<Rule> {
 
 /// Devices that can't be shadowed, by how their driver's name begins.
 const DEVICES: &[(&str, &str)] = &[
-    ("vfio-", "it is a piece of this host's hardware"),
-    ("vhost-user-", "its state lives in another process of this host"),
-    ("vhost-scsi", "its state lives in this host's kernel"),
-    ("vhost-vdpa", "it is a piece of this host's hardware"),
-    ("vhost-vsock", "its connections end on this host"),
-    ("usb-host", "it is plugged into this host"),
-    ("usb-redir", "its other end stays on this host"),
-    ("usb-mtp", "a shared directory lives on this host"),
-    ("ccid-card-passthru", "its other end stays on this host"),
+    (
+        "vfio-",
+        "it is a piece of this host's hardware; use a virtio device on a bridged tap or an image",
+    ),
+    (
+        "vhost-user-",
+        "its state lives in another process of this host; use QEMU's own virtio device",
+    ),
+    (
+        "vhost-scsi",
+        "its state lives in this host's kernel; use virtio-scsi with an image",
+    ),
+    (
+        "vhost-vdpa",
+        "it is a piece of this host's hardware; use virtio-net on a bridged tap",
+    ),
+    (
+        "vhost-vsock",
+        "its connections end on this host; use the network, or a virtio-serial port on a unix socket",
+    ),
+    (
+        "usb-host",
+        "it is plugged into this host; reach it over the network, as by USB/IP from inside the guest",
+    ),
+    ("usb-redir", "its other end stays on this host; start the VM without it"),
+    (
+        "usb-mtp",
+        "a shared directory lives on this host; share it over the network",
+    ),
+    (
+        "ccid-card-passthru",
+        "its other end stays on this host; start the VM without it",
+    ),
     (
         "virtio-9p",
-        "a shared directory lives on this host and blocks migration",
+        "a shared directory lives on this host and blocks migration; share it over the network, as by NFS",
     ),
-    ("virtio-mem", "its RAM comes and goes, which was not tried"),
-    ("virtio-pmem", "its RAM is a disk"),
-    ("nvdimm", "its RAM is a disk"),
-    ("cxl-", "its RAM was not tried"),
-    ("ivshmem", "its RAM is shared with other processes of this host"),
-    ("scsi-block", "it passes commands through to this host's device"),
-    ("scsi-generic", "it passes commands through to this host's device"),
-    ("tpm-", "the TPM's state lives in another process of this host"),
-    ("qxl", "it needs SPICE, which was not tried"),
+    (
+        "virtio-mem",
+        "its RAM comes and goes, which was not tried; give the VM its memory by -m",
+    ),
+    ("virtio-pmem", "its RAM is a disk; use virtio-blk"),
+    ("nvdimm", "its RAM is a disk; use virtio-blk"),
+    ("cxl-", "its RAM was not tried; give the VM its memory by -m"),
+    (
+        "ivshmem",
+        "its RAM is shared with other processes of this host; start the VM without it",
+    ),
+    (
+        "scsi-block",
+        "it passes commands through to this host's device; use scsi-hd",
+    ),
+    (
+        "scsi-generic",
+        "it passes commands through to this host's device; use scsi-hd",
+    ),
+    (
+        "tpm-",
+        "the TPM's state lives in another process of this host; start the VM without a TPM",
+    ),
+    (
+        "qxl",
+        "it needs SPICE, which was not tried; use -device VGA or virtio-vga with -vnc",
+    ),
 ];
 
 /// Why a device can't be shadowed, `None` if it can.
@@ -231,6 +281,18 @@ mod tests {
             );
         }
         assert_eq!(rule("xen-domid"), None);
+    }
+
+    #[test]
+    fn every_refusal_names_a_remedy() {
+        for (name, rule) in RULES {
+            if let Refuse(why) = rule {
+                assert!(why.contains("; "), "-{name}: {why}");
+            }
+        }
+        for (name, why) in DEVICES {
+            assert!(why.contains("; "), "{name}: {why}");
+        }
     }
 
     #[test]

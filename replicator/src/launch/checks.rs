@@ -10,6 +10,7 @@ use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::{Nic, ShadowSpec};
 
 use super::{LaunchConfig, command};
+use crate::adopt::cpu;
 use crate::tap;
 
 fn lacks(what: String) -> Refusal {
@@ -34,8 +35,11 @@ pub fn program(name: &str, cfg: &LaunchConfig) -> Result<PathBuf, Refusal> {
         .map(|d| d.join(name))
         .find(runs)
         .ok_or_else(|| match &cfg.qemu_dir {
-            Some(dir) => lacks(format!("no {name} in {}", dir.display())),
-            None => lacks(format!("no {name} on the PATH")),
+            Some(dir) => lacks(format!(
+                "no {name} in {}; install QEMU there, or set qemu_dir",
+                dir.display()
+            )),
+            None => lacks(format!("no {name} on the PATH; install QEMU, or set qemu_dir")),
         })
 }
 
@@ -50,7 +54,10 @@ pub fn files(spec: &ShadowSpec) -> Result<(), Refusal> {
     if missing.is_empty() {
         Ok(())
     } else {
-        Err(lacks(format!("no file {}", missing.join(", "))))
+        Err(lacks(format!(
+            "no file {}; copy it there from the primary's host",
+            missing.join(", ")
+        )))
     }
 }
 
@@ -120,6 +127,18 @@ fn meminfo_available(text: &str) -> Option<u64> {
         .checked_mul(1024)
 }
 
+/// A guest that sees its host's CPU must find the very same here.
+pub fn cpu(spec: &ShadowSpec) -> Result<(), Refusal> {
+    let Some(theirs) = &spec.host_cpu else { return Ok(()) };
+    let here = cpu::this().ok_or_else(|| lacks("-cpu host, and /proc/cpuinfo does not tell this host's CPU".into()))?;
+    match cpu::difference(theirs, &here) {
+        None => Ok(()),
+        Some(how) => Err(lacks(format!(
+            "the CPU of -cpu host: {how}; start the VM with a named CPU model that both hosts have"
+        ))),
+    }
+}
+
 /// The bridge of each NIC, as it is called here.
 pub fn bridges(spec: &ShadowSpec, cfg: &LaunchConfig) -> Result<Vec<String>, Refusal> {
     spec.nics
@@ -127,6 +146,14 @@ pub fn bridges(spec: &ShadowSpec, cfg: &LaunchConfig) -> Result<Vec<String>, Ref
         .enumerate()
         .map(|(n, nic)| bridge(n, nic, cfg))
         .collect()
+}
+
+/// The bridge of one NIC.
+pub fn bridge_of(spec: &ShadowSpec, index: usize, cfg: &LaunchConfig) -> Result<String, Refusal> {
+    match spec.nics.get(index) {
+        Some(nic) => bridge(index, nic, cfg),
+        None => Err(lacks(format!("NIC {index}, which the VM has not"))),
+    }
 }
 
 fn bridge(index: usize, nic: &Nic, cfg: &LaunchConfig) -> Result<String, Refusal> {

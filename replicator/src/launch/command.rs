@@ -176,6 +176,7 @@ mod tests {
 
     fn spec() -> ShadowSpec {
         ShadowSpec {
+            host_cpu: None,
             qemu_version: (10, 0, 2),
             binary: "qemu-system-x86_64".into(),
             machine: "pc-q35-10.0".into(),

@@ -11,7 +11,10 @@
 pub mod checks;
 pub mod command;
 pub mod disks;
+mod lacks;
 pub mod process;
+
+pub use lacks::lacks;
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -40,6 +43,8 @@ use process::Started;
 pub const QMP_ID: &str = "umbra-qmp";
 /// Its socket's name in the run directory.
 pub const QMP_SOCKET: &str = "umbra.qmp";
+/// Where the record goes of a shadow that was handed over to somebody else.
+const SET_ASIDE: &str = "handed-over.json";
 const RECORD: &str = "record.json";
 const RAM_EXTENSION: &str = "ram";
 
@@ -201,6 +206,7 @@ pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> 
     command::check_dir(&record.dir, spec)?;
     let binary = checks::binary(spec, cfg)?;
     checks::files(spec)?;
+    checks::cpu(spec)?;
     checks::vhost(spec)?;
     let bridges = checks::bridges(spec, cfg)?;
     make_dir(&cfg.ram_dir)?;
@@ -388,6 +394,32 @@ pub fn records(cfg: &LaunchConfig) -> io::Result<Vec<ShadowRecord>> {
         }
     }
     Ok(found)
+}
+
+/// The RAM files of a VM's shadows, known or not.
+pub fn ram_files(cfg: &LaunchConfig, vm: VmId) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(&cfg.ram_dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let prefix = format!("{}-", vm.0.simple());
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if name.starts_with(&prefix) && path.extension().is_some_and(|e| e == RAM_EXTENSION) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// Takes a shadow that became the VM off the books: [`records`] does not name it any more, and nothing of it is touched.
+pub fn set_aside(record: &ShadowRecord) -> io::Result<()> {
+    match fs::rename(record.dir.join(RECORD), record.dir.join(SET_ASIDE)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// What becomes of the images of a shadow's disks.

@@ -13,6 +13,10 @@
 //!  TakingBack <───────────────── Resolving <─────────────────────────────────────────── Committing ─────────> HandedOver
 //!                                    │  Prepared(e): commit again                          ^
 //!                                    └─────────────────────────────────────────────────────┘
+//!
+//!  HandedOver, Resolving ── Fenced ──> TakingBack      an operator: the target's copy is proven never to run again
+//!  Orphaned ── Ask ──> Resolving                       an operator: the primary died undecided, the shadow is to run
+//!  any ── Yield(e) ──> Yielding ── Written: kill ──> Ended    this host was declared dead, and is back
 //! ```
 //! Rules that every edge keeps: the epoch of a switchover is on disk before the guest may stop for it (`Noting`); the
 //! primary is given up on disk before QEMU is told so (SHUT(0) waits for `Written`); the commit is sent only when the
@@ -52,6 +56,15 @@ pub enum State {
         epoch: Epoch,
     },
     HandedOver {
+        epoch: Epoch,
+    },
+    /// The primary's process is gone, and `epoch` was not decided: nobody knows how old the shadow is. It is kept, and only
+    /// an operator has it run.
+    Orphaned {
+        epoch: Epoch,
+    },
+    /// The other side was told by an operator that this host is dead, and has the VM: the copy here goes.
+    Yielding {
         epoch: Epoch,
     },
     /// The primary runs on here, or is gone.
@@ -96,6 +109,18 @@ pub enum Input {
     TimedOut,
     /// The primary, told to go on, runs again.
     TakenBack,
+    /// Somebody else stopped, changed or shut down the VM, or ended its migration: what happened, in words.
+    Interfered(String),
+    /// An operator's word, after the target has made durable that its copy never runs below `epoch`, or was declared dead.
+    Fenced {
+        epoch: Epoch,
+    },
+    /// An operator wants the target asked, and a prepared shadow run.
+    Ask,
+    /// The other side has the VM since this host was declared dead.
+    Yield {
+        epoch: Epoch,
+    },
 }
 
 /// What the source keeps on disk about its part.
@@ -117,6 +142,14 @@ pub enum Durable {
         epoch: Epoch,
     },
     HandedOver {
+        epoch: Epoch,
+    },
+    /// The target never runs its copy below `epoch`: the stopped primary is told to go on.
+    TakingBack {
+        epoch: Epoch,
+    },
+    /// The copy here must go: the other side has the VM.
+    Fenced {
         epoch: Epoch,
     },
     /// The primary is the VM again, or still.
@@ -149,6 +182,8 @@ pub enum Action {
     },
     /// `cont` the stopped primary.
     TakeBack,
+    /// End the primary's process, whether it runs or not.
+    Kill,
     Goodbye {
         reason: String,
     },
@@ -186,18 +221,17 @@ impl Machine {
             Durable::Relinquished { epoch } if stopped => (State::Resolving { epoch }, vec![Action::Resolve { epoch }]),
             // It may have died stopped, or after QEMU had let it run on for hours: nobody knows how old the shadow is, so
             // it is kept, and not run.
-            Durable::Relinquished { epoch } if gone => {
-                let detail = format!(
-                    "the primary's QEMU is gone while epoch {epoch} was undecided: the target keeps the shadow as prepared"
-                );
-                (ended(Some(Refusal::new(RefusalCode::NoSuchVm, detail))), Vec::new())
-            }
+            Durable::Relinquished { epoch } if gone => (State::Orphaned { epoch }, Vec::new()),
             // SHUT(0) did not arrive, so the commit was never sent, and QEMU let the guest run on.
             Durable::Relinquished { epoch } => (
                 ended(restarted()),
                 vec![Action::Write(Durable::Aborting { epoch }), Action::Abort { epoch }],
             ),
             Durable::HandedOver { epoch } => (State::HandedOver { epoch }, Vec::new()),
+            Durable::TakingBack { epoch } if stopped => (State::TakingBack { epoch }, vec![Action::TakeBack]),
+            // It was told to go on before the restart, or has died since.
+            Durable::TakingBack { .. } => (ended(restarted()), vec![Action::Write(Durable::Released)]),
+            Durable::Fenced { .. } => (ended(Some(yielded())), vec![Action::Kill]),
             Durable::Released | Durable::Retired => (ended(None), Vec::new()),
         };
         (
@@ -219,15 +253,34 @@ impl Machine {
             | State::Shutting { .. }
             | State::Committing { .. }
             | State::Resolving { .. }
-            | State::TakingBack { .. } => Phase::Switching,
+            | State::TakingBack { .. }
+            | State::Yielding { .. } => Phase::Switching,
             State::HandedOver { .. } => Phase::Relinquished,
+            State::Orphaned { .. } => Phase::Failed,
             State::Ended { .. } if self.primary_gone => Phase::Failed,
             State::Ended { .. } => Phase::Released,
         }
     }
 
     pub fn is_over(&self) -> bool {
-        matches!(self.state, State::HandedOver { .. } | State::Ended { .. })
+        matches!(
+            self.state,
+            State::HandedOver { .. } | State::Orphaned { .. } | State::Ended { .. }
+        )
+    }
+
+    /// What stands in the way of going on by itself.
+    pub fn error(&self) -> Option<Refusal> {
+        match &self.state {
+            State::Ended { error } => error.clone(),
+            State::Orphaned { epoch } => {
+                let detail = format!(
+                    "the primary's QEMU is gone while epoch {epoch} was undecided: the target keeps the shadow as prepared; 'umbra recover' shows the way out"
+                );
+                Some(Refusal::new(RefusalCode::NoSuchVm, detail))
+            }
+            _ => None,
+        }
     }
 
     /// An input that makes no sense in a state changes nothing: it was overtaken.
@@ -243,6 +296,16 @@ impl Machine {
     }
 
     fn next(&self, input: Input) -> (Option<State>, Vec<Action>) {
+        if let Input::Yield { epoch } = input {
+            // Twice is once.
+            return match self.state {
+                State::Yielding { .. } => (None, Vec::new()),
+                _ => (
+                    Some(State::Yielding { epoch }),
+                    vec![Action::Abandon, Action::Write(Durable::Fenced { epoch })],
+                ),
+            };
+        }
         match &self.state {
             State::Seeding | State::Standby => self.copying(input),
             State::Noting { epoch } => Self::noting(*epoch, input),
@@ -259,7 +322,21 @@ impl Machine {
                 Input::Aborted { .. } => (None, vec![Action::Write(Durable::Released)]),
                 _ => (None, Vec::new()),
             },
-            State::HandedOver { .. } => (None, Vec::new()),
+            State::HandedOver { .. } => match input {
+                Input::Fenced { epoch } if !self.primary_gone => Self::take_back(epoch),
+                _ => (None, Vec::new()),
+            },
+            State::Orphaned { epoch } => match input {
+                Input::Ask => {
+                    let epoch = *epoch;
+                    (Some(State::Resolving { epoch }), vec![Action::Resolve { epoch }])
+                }
+                _ => (None, Vec::new()),
+            },
+            State::Yielding { .. } => match input {
+                Input::Written => (Some(State::Ended { error: Some(yielded()) }), vec![Action::Kill]),
+                _ => (None, Vec::new()),
+            },
         }
     }
 
@@ -347,7 +424,7 @@ impl Machine {
             Input::Completed | Input::PrimaryGone => {
                 (Some(State::Committing { epoch }), vec![Action::Commit { epoch }])
             }
-            Input::MigrationFailed(why) => Self::end(qemu_says(why), Some(epoch)),
+            Input::MigrationFailed(why) | Input::Interfered(why) => Self::end(qemu_says(why), Some(epoch)),
             _ => (None, Vec::new()),
         }
     }
@@ -371,10 +448,8 @@ impl Machine {
                     vec![Action::Write(Durable::Released)],
                 )
             }
-            Input::Aborted { epoch: e } if e == epoch => (
-                Some(State::TakingBack { epoch }),
-                vec![Action::Write(Durable::Released)],
-            ),
+            Input::Aborted { epoch: e } if e == epoch => Self::take_back(epoch),
+            Input::Fenced { epoch } if !self.primary_gone => Self::take_back(epoch),
             Input::LinkLost(_) | Input::Refused(_) | Input::Failed(_) | Input::TimedOut => {
                 (Some(State::Resolving { epoch }), vec![Action::Resolve { epoch }])
             }
@@ -382,15 +457,26 @@ impl Machine {
         }
     }
 
+    /// On disk first: a restart between the two must not leave the VM stopped.
+    fn take_back(epoch: Epoch) -> (Option<State>, Vec<Action>) {
+        (
+            Some(State::TakingBack { epoch }),
+            vec![Action::Write(Durable::TakingBack { epoch })],
+        )
+    }
+
     fn taking_back(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
         let error = || {
             let detail =
-                format!("the target aborted epoch {epoch} after the primary had been stopped; the primary was resumed");
+                format!("the target gave up epoch {epoch} after the primary had been stopped; the primary was resumed");
             Some(Refusal::new(RefusalCode::PeerRefused, detail))
         };
         match input {
             Input::Written => (None, vec![Action::TakeBack]),
-            Input::TakenBack | Input::PrimaryGone => (Some(State::Ended { error: error() }), Vec::new()),
+            Input::TakenBack | Input::PrimaryGone => (
+                Some(State::Ended { error: error() }),
+                vec![Action::Write(Durable::Released)],
+            ),
             _ => (None, Vec::new()),
         }
     }
@@ -426,6 +512,11 @@ fn qemu_says(why: String) -> Refusal {
     Refusal::new(RefusalCode::QmpUnavailable, why)
 }
 
+fn yielded() -> Refusal {
+    let detail = "this host was declared dead, and the VM was given to the other one: the copy here was ended";
+    Refusal::new(RefusalCode::PeerRefused, detail)
+}
+
 /// Inputs that end a protection whose primary still runs.
 fn why_over(input: Input) -> Option<Refusal> {
     match input {
@@ -433,6 +524,7 @@ fn why_over(input: Input) -> Option<Refusal> {
         Input::Failed(r) => Some(r),
         Input::LinkLost(why) => Some(Refusal::new(RefusalCode::PeerUnreachable, why)),
         Input::MigrationFailed(why) => Some(qemu_says(why)),
+        Input::Interfered(what) => Some(Refusal::new(RefusalCode::Interfered, what)),
         Input::PrimaryGone => Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited")),
         Input::TimedOut => Some(Refusal::new(
             RefusalCode::PeerUnreachable,
@@ -535,9 +627,12 @@ mod tests {
         assert_eq!(m.apply(Input::LinkLost("cut".into())), [Action::Resolve { epoch: E }]);
         assert_eq!(m.apply(Input::Aborted { epoch: Epoch(3) }), []);
         assert_eq!(m.apply(Input::Prepared { epoch: E }), [Action::Commit { epoch: E }]);
-        assert_eq!(m.apply(Input::Aborted { epoch: E }), [Action::Write(Durable::Released)]);
+        assert_eq!(
+            m.apply(Input::Aborted { epoch: E }),
+            [Action::Write(Durable::TakingBack { epoch: E })]
+        );
         assert_eq!(m.apply(Input::Written), [Action::TakeBack]);
-        m.apply(Input::TakenBack);
+        assert_eq!(m.apply(Input::TakenBack), [Action::Write(Durable::Released)]);
         assert_eq!(m.phase(), Phase::Released);
     }
 
@@ -583,8 +678,51 @@ mod tests {
         );
         let (_, a) = Machine::resume(Durable::Relinquished { epoch: E }, false, false);
         assert!(a.contains(&Action::Abort { epoch: E }));
-        // A shadow of unknown age is neither run nor thrown away.
-        let (m, a) = Machine::resume(Durable::Relinquished { epoch: E }, false, true);
+        // A shadow of unknown age is neither run nor thrown away, until somebody asks for it.
+        let (mut m, a) = Machine::resume(Durable::Relinquished { epoch: E }, false, true);
         assert_eq!((m.phase(), a), (Phase::Failed, vec![]));
+        assert_eq!(m.apply(Input::Ask), [Action::Resolve { epoch: E }]);
+        assert_eq!(m.apply(Input::Prepared { epoch: E }), [Action::Commit { epoch: E }]);
+        let (m, a) = Machine::resume(Durable::TakingBack { epoch: E }, true, false);
+        assert_eq!((m.phase(), a), (Phase::Switching, vec![Action::TakeBack]));
+    }
+
+    #[test]
+    fn a_kept_primary_runs_again_only_when_the_other_copy_never_will() {
+        let fence = Epoch(9);
+        for durable in [Durable::HandedOver { epoch: E }, Durable::Relinquished { epoch: E }] {
+            let (mut m, _) = Machine::resume(durable, true, false);
+            assert_eq!(m.apply(Input::Aborted { epoch: Epoch(3) }), []);
+            let fenced = m.apply(Input::Fenced { epoch: fence });
+            assert_eq!(
+                fenced,
+                [Action::Write(Durable::TakingBack { epoch: fence })],
+                "{durable:?}"
+            );
+            assert_eq!(m.apply(Input::Running { epoch: E }), [], "its word came too late");
+            assert_eq!(m.apply(Input::Written), [Action::TakeBack]);
+        }
+        let (mut m, _) = Machine::resume(Durable::HandedOver { epoch: E }, false, true);
+        assert_eq!(m.apply(Input::Fenced { epoch: fence }), [], "there is nothing to run");
+    }
+
+    #[test]
+    fn a_host_that_was_declared_dead_ends_its_copy_when_it_is_back() {
+        let (mut m, _) = Machine::resume(Durable::Relinquished { epoch: E }, true, false);
+        let y = Epoch(9);
+        let actions = m.apply(Input::Yield { epoch: y });
+        assert!(actions.contains(&Action::Write(Durable::Fenced { epoch: y })) && !actions.contains(&Action::Kill));
+        assert_eq!(m.apply(Input::Aborted { epoch: E }), []);
+        assert_eq!(m.apply(Input::Written), [Action::Kill]);
+        let (m, a) = Machine::resume(Durable::Fenced { epoch: y }, false, false);
+        assert_eq!((m.phase(), a), (Phase::Released, vec![Action::Kill]));
+    }
+
+    #[test]
+    fn what_somebody_else_does_to_the_vm_ends_the_copy_with_its_name() {
+        let mut m = standby();
+        let actions = m.apply(Input::Interfered("somebody stopped it".into()));
+        assert!(actions.contains(&Action::Abandon), "{actions:?}");
+        assert_eq!(m.error().map(|e| e.code), Some(RefusalCode::Interfered));
     }
 }

@@ -185,11 +185,29 @@ fn watch(qmp: &Client, events: Sender<Event>) {
 fn told(name: &str, data: &Value, unix_us: i64) -> Option<(Event, bool)> {
     match name {
         "STOP" => Some((Event::Stopped { unix_us }, false)),
-        "SHUTDOWN" => Some((Event::GuestShutdown, false)),
+        "SHUTDOWN" => {
+            let why = data["reason"].as_str().unwrap_or("no reason told");
+            Some((Event::Interfered(format!("the guest shuts down ({why})")), false))
+        }
+        "RESET" => Some((Event::GuestReset, false)),
+        // The shadow's command line would not fit any more.
+        "DEVICE_DELETED" => {
+            let what = data["device"].as_str().or(data["path"].as_str()).unwrap_or("a device");
+            Some((Event::Interfered(format!("{what} was unplugged")), false))
+        }
+        "DEVICE_TRAY_MOVED" => {
+            let what = data["id"].as_str().unwrap_or("a drive");
+            Some((Event::Interfered(format!("the medium of {what} was changed")), false))
+        }
         "MIGRATION" => match data["status"].as_str()? {
             "completed" => Some((Event::Input(Input::Completed), true)),
             status @ ("failed" | "cancelled") => Some((
-                Event::Input(Input::MigrationFailed(format!("QEMU says that the migration {status}"))),
+                Event::Input(match status {
+                    "cancelled" => {
+                        Input::Interfered("the migration that copies the VM was cancelled by somebody else".into())
+                    }
+                    _ => Input::MigrationFailed(format!("QEMU says that the migration {status}")),
+                }),
                 true,
             )),
             "pre-switchover" => Some((Event::PreSwitchover, false)),

@@ -6,8 +6,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use umbra_api::order::{Pacing, Refusal, RefusalCode};
+use serde_json::{Value, json};
+use umbra_api::order::{Announce, Pacing, Refusal, RefusalCode};
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, SwitchoverReport};
 use umbra_api::wire::control::{Message, ShadowSpec};
 use umbra_api::{Epoch, HostId, VmId};
@@ -18,6 +18,7 @@ use super::migration::{Migration, Primary, ask_primary};
 use super::mirror::{self, Mirrors, News, Way};
 use super::pump::{Pump, Shared};
 use crate::engine::{Core, unix_ms};
+use crate::journal::TargetRecord;
 use crate::pacing::{Round, Settings};
 use crate::proc::ProcessId;
 use crate::qmp::Client;
@@ -27,6 +28,7 @@ use crate::urgent::{self, Urgent};
 const SEEDING_TICK: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_millis(500);
 const PING_EVERY: Duration = Duration::from_secs(1);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_EVERY: Duration = Duration::from_millis(500);
 /// How long a target that can't be reached is told of an abort. Later it is told by the next 'hello', or by an operator.
 const ABORT_FOR: Duration = Duration::from_secs(60);
@@ -53,7 +55,9 @@ pub enum Event {
         disk: usize,
         news: News,
     },
-    GuestShutdown,
+    GuestReset,
+    /// Somebody else did something to the VM with which the copy can't go on: what, in words.
+    Interfered(String),
     QmpClosed,
     Said {
         message: Message,
@@ -148,6 +152,21 @@ impl Session {
         session.spawn(move |s| s.recover(durable))
     }
 
+    /// Takes up a protection that has ended by itself, with an operator's word about it.
+    pub fn reopen(
+        core: Arc<Core>,
+        plan: Plan,
+        durable: Durable,
+        qmp: Option<Client>,
+        word: Input,
+    ) -> std::io::Result<Handle> {
+        let session = Self::new(core, plan, Machine::new(), qmp);
+        session.spawn(move |s| {
+            s.recover(durable);
+            s.input(word);
+        })
+    }
+
     fn new(core: Arc<Core>, plan: Plan, machine: Machine, qmp: Option<Client>) -> Self {
         let (sender, events) = channel();
         let status = ReplicaStatus {
@@ -156,6 +175,7 @@ impl Session {
             role: Role::Source,
             peer: plan.peer.clone(),
             epoch: plan.epoch,
+            seen: plan.epoch,
             phase: Phase::Provisioning,
             since: unix_ms(),
             tier: None,
@@ -242,6 +262,7 @@ impl Session {
             name: plan.name.clone(),
             epoch: plan.epoch,
             host: self.core.config.host.clone(),
+            port: self.core.config.link_listen.map(|a| a.port()),
             spec: Box::new(spec),
         };
         let (link, session) = Control::hello(&self.target(), self.times(), &hello)?;
@@ -349,6 +370,7 @@ impl Session {
                 self.times.stopped = Some(Instant::now());
                 self.times.stopped_unix_us = unix_us;
                 self.hasten();
+                self.unasked_stop();
             }
             Event::PreSwitchover => self.pre_switchover(),
             Event::Disk { disk, news } => {
@@ -362,7 +384,9 @@ impl Session {
                     Err(refusal) => self.input(Input::Failed(refusal)),
                 }
             }
-            Event::GuestShutdown => tracing::info!(vm = %self.plan.vm, "the guest shuts down"),
+            // QEMU keeps the migration, and the rounds bring what the reset wrote.
+            Event::GuestReset => tracing::info!(vm = %self.plan.vm, "the guest was reset"),
+            Event::Interfered(what) => self.interfered(what),
             Event::QmpClosed => self.qmp_closed(),
             Event::Said { message, generation } if generation == self.generation => self.said(message),
             Event::ControlLost { why, generation } if generation == self.generation => {
@@ -371,6 +395,31 @@ impl Session {
             }
             // From a connection that was replaced.
             Event::Said { .. } | Event::ControlLost { .. } => {}
+        }
+    }
+
+    /// QEMU goes through with a migration whose guest is stopped, acknowledged or not: the copy ends, and the guest stays as
+    /// whoever stopped it wants it.
+    fn unasked_stop(&mut self) {
+        if !matches!(
+            self.machine.state,
+            State::Seeding | State::Standby | State::Noting { .. }
+        ) {
+            return;
+        }
+        let status = self.qmp.as_ref().map(|q| q.execute("query-status", Value::Null));
+        let status = match status {
+            Some(Ok(s)) => s["status"].as_str().unwrap_or("unknown").to_owned(),
+            _ => "unknown".to_owned(),
+        };
+        self.interfered(format!("the guest was stopped by somebody else (QEMU says {status})"));
+    }
+
+    fn interfered(&mut self, what: String) {
+        match self.machine.state {
+            State::Seeding | State::Standby | State::Noting { .. } => self.input(Input::Interfered(what)),
+            // The guest stands still already, or what was done to it was done by us.
+            _ => tracing::warn!(vm = %self.plan.vm, "while switching over: {what}"),
         }
     }
 
@@ -542,6 +591,12 @@ impl Session {
                 None
             }
             Action::TakeBack => self.take_back(),
+            Action::Kill => {
+                if let Err(e) = crate::launch::process::kill(self.plan.process, KILL_TIMEOUT) {
+                    tracing::error!(vm = %self.plan.vm, "the copy here does not end: {e}");
+                }
+                None
+            }
             Action::Goodbye { reason } => self.say(&Message::Goodbye { reason }).and(None),
         }
     }
@@ -556,13 +611,33 @@ impl Session {
     fn write(&mut self, durable: Durable) -> Option<Input> {
         let report = self.report;
         let written = self.core.journal.update(self.plan.vm, |r| {
-            if let Durable::Preparing { epoch } | Durable::Relinquished { epoch } | Durable::Aborting { epoch } =
-                durable
+            if let Durable::Preparing { epoch }
+            | Durable::Relinquished { epoch }
+            | Durable::Aborting { epoch }
+            | Durable::TakingBack { epoch }
+            | Durable::Fenced { epoch } = durable
             {
                 r.epoch = r.epoch.max(epoch);
             }
             let Some(source) = r.source.as_mut() else { return };
             source.durable = durable;
+            if let Durable::TakingBack { epoch } | Durable::Fenced { epoch } = durable {
+                source.epoch = source.epoch.max(epoch);
+            }
+            if let Durable::TakingBack { epoch } = durable
+                && let Some(shadow) = source.leftover.take()
+            {
+                // It was a shadow here once, and is the VM again: its files are not to be cleaned up.
+                r.target = Some(TargetRecord {
+                    peer: source.peer.clone(),
+                    epoch,
+                    durable: crate::target::machine::Durable::Running { epoch },
+                    shadow: Some(shadow),
+                    link: None,
+                    since: unix_ms(),
+                    error: None,
+                });
+            }
             if let Durable::HandedOver { .. } = durable {
                 source.report = Some(report);
                 // The shadow that this VM once was here is now the stopped primary's.
@@ -599,7 +674,10 @@ impl Session {
             return Some(Input::PrimaryGone);
         };
         match qmp.execute("cont", Value::Null) {
-            Ok(_) => Some(Input::TakenBack),
+            Ok(_) => {
+                announce(qmp);
+                Some(Input::TakenBack)
+            }
             Err(_) if gone_soon(self.plan.process) => Some(Input::PrimaryGone),
             Err(e) => {
                 tracing::error!(vm = %self.plan.vm, "the primary can't be resumed, trying again: {e}");
@@ -776,13 +854,23 @@ impl Session {
                 status.report = status.report.or((report.epoch == *epoch).then_some(report));
                 status.error = None;
             }
-            State::Ended { error } => status.error.clone_from(error),
+            State::TakingBack { epoch } | State::Yielding { epoch } => status.epoch = status.epoch.max(*epoch),
+            State::Ended { .. } | State::Orphaned { .. } => status.error = self.machine.error(),
             _ => {}
         }
     }
 
     fn set_error(&self, error: Option<Refusal>) {
         self.status.lock().unwrap_or_else(PoisonError::into_inner).error = error;
+    }
+}
+
+/// If the shadow ran, the network looks for the guest's addresses there until it hears of them here.
+fn announce(qmp: &Client) {
+    let a = Announce::default();
+    let args = json!({"initial": a.initial_ms, "max": a.max_ms, "rounds": a.rounds, "step": a.step_ms});
+    if let Err(e) = qmp.execute("announce-self", args) {
+        tracing::warn!("announce-self: {e}");
     }
 }
 

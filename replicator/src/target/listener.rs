@@ -101,7 +101,7 @@ fn control(engine: &Arc<Engine>, link: Link, first: Message) -> Result<(), LinkE
         identity,
     } = link;
     let reply = Reply::new(writer);
-    match open(engine, first, &identity, &reply) {
+    match open(engine, first, &identity, reader.peer(), &reply) {
         Ok(Some(events)) => hear(reader, &reply, &events),
         Ok(None) => {}
         Err(refusal) => {
@@ -117,6 +117,7 @@ fn open(
     engine: &Arc<Engine>,
     first: Message,
     from: &Identity,
+    peer: &str,
     reply: &Reply,
 ) -> Result<Option<Sender<Event>>, Refusal> {
     let proven = |host: &HostId| {
@@ -129,6 +130,7 @@ fn open(
             name,
             epoch,
             host,
+            port,
             spec,
         } => {
             proven(&host)?;
@@ -137,6 +139,7 @@ fn open(
                 name,
                 epoch,
                 host,
+                link: port.and_then(|p| back(peer, p)),
                 spec: *spec,
             };
             let (session, events) = engine.hello(hello, reply.clone())?;
@@ -158,11 +161,24 @@ fn open(
             });
             Ok(Some(events))
         }
+        Message::Check { vm, host, spec } => {
+            proven(&host)?;
+            let lacks = engine.lacks(vm, &spec);
+            reply.send(&Message::Checked { lacks });
+            Ok(None)
+        }
+        Message::Fence { vm, epoch, dead } => engine.fence(vm, epoch, dead, from, reply),
         other => Err(Refusal::new(
             RefusalCode::BadOrder,
             format!("a connection can't open with {other:?}"),
         )),
     }
+}
+
+/// The address of a peer's own listener: its connection's other end, with the port that it told.
+fn back(peer: &str, port: u16) -> Option<String> {
+    let from: std::net::SocketAddr = peer.parse().ok()?;
+    Some(std::net::SocketAddr::new(from.ip(), port).to_string())
 }
 
 fn ram(engine: &Arc<Engine>, link: Link, first: &Message) {

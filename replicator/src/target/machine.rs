@@ -8,6 +8,8 @@
 //!     v                  v                     v                    v               it is gone│                   Running
 //!  Discarded <───────────┴─────────────────────┘ <────────────── Aborting <───────────────────┘
 //! ```
+//! `Fence(e)` from the source takes the way of an abort, from a prepared shadow too; from `Running` only if this host was
+//! declared dead by an operator, and then the running copy is killed (`Fencing`), since the source has the VM.
 //! Rules: 'prepared' is on disk before it is said (it is written while QEMU loads, to keep the disk out of the stopped
 //! time: after a restart it counts only if QEMU says that it has loaded); a prepared shadow neither runs nor goes away by
 //! itself, it waits for its source's word; 'aborted' is on disk before it is said, and then the shadow never runs under
@@ -27,6 +29,7 @@ pub enum State {
     Resuming { epoch: Epoch },
     Running { epoch: Epoch },
     Aborting { epoch: Epoch },
+    Fencing { epoch: Epoch },
     Discarded { error: Option<Refusal> },
 }
 
@@ -58,6 +61,11 @@ pub enum Input {
     Goodbye(String),
     Release,
     ShadowGone,
+    /// The copy here must never run below `epoch`. `dead`: nor go on running, since an operator gave the VM to the other side.
+    Fence {
+        epoch: Epoch,
+        dead: bool,
+    },
 }
 
 /// What the target keeps on disk about its part.
@@ -75,6 +83,10 @@ pub enum Durable {
         epoch: Epoch,
     },
     Aborted {
+        epoch: Epoch,
+    },
+    /// It ran, and must go: the source has the VM, under `epoch`.
+    Fenced {
         epoch: Epoch,
     },
     Discarded,
@@ -108,7 +120,11 @@ pub enum Action {
     Resume,
     /// Quit the shadow and remove its files. It has never run.
     Discard,
+    /// End a copy that runs. Its images are kept.
+    Kill,
 }
+
+const FENCED: &str = "this host was declared dead, and the VM was given to the other one: the copy here was ended";
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Machine {
@@ -151,6 +167,7 @@ impl Machine {
                 vec![Action::Write(Durable::Discarded), Action::Discard],
             ),
             (Durable::Running { epoch }, _) => (State::Running { epoch }, Vec::new()),
+            (Durable::Fenced { .. }, _) => (gone(FENCED), vec![Action::Kill]),
             (Durable::Aborted { .. }, _) => (gone("aborted by the source"), vec![Action::Discard]),
         };
         (Self { state, epoch }, actions)
@@ -161,6 +178,7 @@ impl Machine {
             State::Seeding => Phase::Seeding,
             State::Standby => Phase::Standby,
             State::Preparing { .. } | State::Loading { .. } | State::Aborting { .. } => Phase::Switching,
+            State::Fencing { .. } => Phase::Switching,
             State::Prepared { .. } | State::Resuming { .. } => Phase::Prepared,
             State::Running { .. } => Phase::Active,
             State::Discarded { .. } => Phase::Released,
@@ -176,6 +194,9 @@ impl Machine {
     }
 
     fn next(&self, input: Input) -> (Option<State>, Vec<Action>) {
+        if let Input::Fence { epoch, dead } = input {
+            return self.fence(epoch, dead);
+        }
         // A question or an abort about an epoch that was never prepared here, and never will be.
         let asked = match input {
             Input::Resolve { epoch } | Input::Abort { epoch } => Some(epoch),
@@ -192,6 +213,15 @@ impl Machine {
             State::Resuming { epoch } => Self::resuming(*epoch, input),
             State::Running { epoch } => Self::running(*epoch, input),
             State::Aborting { epoch } => Self::aborting(*epoch, input),
+            State::Fencing { epoch } => match input {
+                Input::Written => (
+                    Some(State::Discarded {
+                        error: Some(Refusal::new(RefusalCode::PeerRefused, FENCED)),
+                    }),
+                    vec![Action::Kill, Action::SayAborted { epoch: *epoch }],
+                ),
+                _ => (None, Vec::new()),
+            },
             State::Discarded { .. } => match input {
                 Input::Commit { epoch } => (None, vec![Action::SayAborted { epoch }]),
                 _ => (None, Vec::new()),
@@ -208,7 +238,7 @@ impl Machine {
             State::Resuming { epoch: e } if *e == epoch => (None, Vec::new()),
             // 'Prepared' will be said as soon as it is so.
             State::Loading { epoch: e, .. } if *e == epoch && !abort => (None, Vec::new()),
-            State::Aborting { .. } => (None, Vec::new()),
+            State::Aborting { .. } | State::Fencing { .. } => (None, Vec::new()),
             State::Discarded { .. } => (
                 None,
                 vec![Action::Write(Durable::Aborted { epoch }), Action::SayAborted { epoch }],
@@ -228,6 +258,42 @@ impl Machine {
             ),
             // An older epoch than the one at work here: over, and never run.
             _ => (None, vec![Action::SayAborted { epoch }]),
+        }
+    }
+
+    fn fence(&self, fence: Epoch, dead: bool) -> (Option<State>, Vec<Action>) {
+        let refuse = |why: String| (None, vec![Action::Refuse(Refusal::new(RefusalCode::WrongPhase, why))]);
+        let epoch = match &self.state {
+            State::Seeding | State::Standby => self.epoch,
+            State::Preparing { epoch }
+            | State::Loading { epoch, .. }
+            | State::Prepared { epoch }
+            | State::Resuming { epoch }
+            | State::Running { epoch } => *epoch,
+            // Its end is said when it is reached.
+            State::Aborting { .. } | State::Fencing { .. } => return (None, Vec::new()),
+            State::Discarded { .. } => {
+                let actions = vec![
+                    Action::Write(Durable::Aborted { epoch: fence }),
+                    Action::SayAborted { epoch: fence },
+                ];
+                return (None, actions);
+            }
+        };
+        if fence <= epoch {
+            return refuse(format!("a fence of epoch {fence}, epoch {epoch} is at work here"));
+        }
+        match &self.state {
+            State::Resuming { .. } => refuse(format!("the shadow is told to run under epoch {epoch} in this moment")),
+            State::Running { .. } if !dead => refuse(format!("the VM runs here since epoch {epoch}")),
+            State::Running { .. } => (
+                Some(State::Fencing { epoch: fence }),
+                vec![Action::Write(Durable::Fenced { epoch: fence })],
+            ),
+            _ => (
+                Some(State::Aborting { epoch: fence }),
+                vec![Action::Write(Durable::Aborted { epoch: fence })],
+            ),
         }
     }
 
@@ -470,6 +536,31 @@ mod tests {
             [Action::SayAborted { epoch: Epoch(3) }]
         );
         assert_eq!(m.phase(), Phase::Active);
+    }
+
+    #[test]
+    fn a_fence_ends_a_shadow_and_a_running_vm_only_by_an_operators_word() {
+        let f = Epoch(9);
+        let fence = |dead| Input::Fence { epoch: f, dead };
+        let mut m = prepared();
+        assert_eq!(m.apply(fence(false)), [Action::Write(Durable::Aborted { epoch: f })]);
+        assert_eq!(m.apply(Input::Commit { epoch: E }), [], "too late");
+        assert_eq!(
+            m.apply(Input::Written),
+            [Action::Discard, Action::SayAborted { epoch: f }]
+        );
+        assert_eq!(m.apply(fence(false)).last(), Some(&Action::SayAborted { epoch: f }));
+
+        let mut m = prepared();
+        m.apply(Input::Commit { epoch: E });
+        m.apply(Input::Resumed);
+        assert!(matches!(m.apply(fence(false)).as_slice(), [Action::Refuse(_)]));
+        let stale = Input::Fence { epoch: E, dead: true };
+        assert!(matches!(m.apply(stale).as_slice(), [Action::Refuse(_)]));
+        assert_eq!(m.apply(fence(true)), [Action::Write(Durable::Fenced { epoch: f })]);
+        assert_eq!(m.apply(Input::Written), [Action::Kill, Action::SayAborted { epoch: f }]);
+        let (_, a) = Machine::resume(Durable::Fenced { epoch: f }, Epoch(6), Shadow::Runs);
+        assert_eq!(a, [Action::Kill]);
     }
 
     #[test]

@@ -158,7 +158,10 @@ impl Session {
         let shadow = ask(&record, qmp.as_ref());
         let begin = Machine::resume(durable, plan.epoch, shadow);
         // 'Prepared' on disk and gone: the commit may have come, and its record not.
-        let ran = matches!(durable, Durable::Running { .. } | Durable::Prepared { .. });
+        let ran = matches!(
+            durable,
+            Durable::Running { .. } | Durable::Prepared { .. } | Durable::Fenced { .. }
+        );
         Self::spawn(core, plan, begin, record, qmp, None, ran)
     }
 
@@ -178,6 +181,7 @@ impl Session {
             role: Role::Target,
             peer: plan.peer.clone(),
             epoch: plan.epoch,
+            seen: plan.epoch,
             phase: machine.phase(),
             since: unix_ms(),
             tier: None,
@@ -309,6 +313,7 @@ impl Session {
             Message::Abort { epoch } => self.input(Input::Abort { epoch }),
             Message::Resolve { epoch, .. } => self.input(Input::Resolve { epoch }),
             Message::Goodbye { reason } => self.input(Input::Goodbye(reason)),
+            Message::Fence { epoch, dead, .. } => self.input(Input::Fence { epoch, dead }),
             other => {
                 let refusal = Refusal::new(RefusalCode::BadOrder, format!("{other:?} makes no sense here"));
                 reply.send(&Message::Refused { refusal });
@@ -352,6 +357,11 @@ impl Session {
             Action::Refuse(refusal) => self.say(&Message::Refused { refusal }),
             Action::Resume => return self.resume_guest(),
             Action::Discard => self.discard(),
+            Action::Kill => {
+                // Its images may have what no other copy has.
+                self.ran = true;
+                self.discard();
+            }
         }
         None
     }
@@ -368,7 +378,11 @@ impl Session {
             _ => None,
         };
         let written = self.core.journal.update(self.plan.vm, |r| {
-            if let Durable::Prepared { epoch } | Durable::Running { epoch } | Durable::Aborted { epoch } = durable {
+            if let Durable::Prepared { epoch }
+            | Durable::Running { epoch }
+            | Durable::Aborted { epoch }
+            | Durable::Fenced { epoch } = durable
+            {
                 r.epoch = r.epoch.max(epoch);
             }
             if let Some(target) = r.target.as_mut() {

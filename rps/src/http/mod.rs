@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use umbra_api::problem::Problem;
+use umbra_api::recover::RecoverRequest;
 use umbra_api::sample::SampleBatch;
 use umbra_api::view::{ModeRequest, ShadowRequest};
 use umbra_api::{UnixMs, VmId};
@@ -29,7 +30,7 @@ type Answer = Result<Reply, Problem>;
 type Handler = fn(&Arc<Service>, &Request, &str) -> Answer;
 
 /// Method, path with at most one parameter, what answers.
-const ROUTES: [(Method, &str, Handler); 15] = [
+const ROUTES: [(Method, &str, Handler); 17] = [
     (Method::POST, "/v1/samples", samples),
     (Method::GET, "/v1/status", |s, _, _| ok(&s.status())),
     (Method::GET, "/v1/hosts", |s, _, _| ok(&s.hosts())),
@@ -39,6 +40,10 @@ const ROUTES: [(Method, &str, Handler); 15] = [
         ok(&s.explain(s.find(vm)?)?)
     }),
     (Method::POST, "/v1/vms/{vm}/shadow", shadow),
+    (Method::POST, "/v1/vms/{vm}/recover", recover),
+    (Method::GET, "/v1/vms/{vm}/adoptable", |s, r, vm| {
+        ok(&s.adoptable(s.find(vm)?, r.query("target"))?)
+    }),
     (
         Method::GET,
         "/v1/decisions",
@@ -133,6 +138,22 @@ fn shadow(service: &Arc<Service>, request: &Request, vm: &str) -> Answer {
     Ok(json(status::ACCEPTED, &service.vm(vm)?.summary))
 }
 
+/// `?dry_run=true` only shows the plan.
+fn recover(service: &Arc<Service>, request: &Request, vm: &str) -> Answer {
+    let vm: VmId = service.find(vm)?;
+    let wish: RecoverRequest = request.json()?;
+    let dry_run = match request.query("dry_run") {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => {
+            return Err(Problem::bad_request(format!(
+                "query: dry_run: {other:?} is neither true nor false"
+            )));
+        }
+    };
+    ok(&service.recover(vm, &wish, dry_run)?)
+}
+
 fn mode(service: &Arc<Service>, request: &Request, _: &str) -> Answer {
     let wish: ModeRequest = request.json()?;
     service.set_mode(wish.mode)?;
@@ -205,6 +226,9 @@ impl From<RequestError> for Problem {
                 Self::new(409, code, "Not possible now", detail)
             }
             RequestError::NoTarget(_) => Self::new(409, "no_target", "No host can hold the shadow", detail),
+            RequestError::Target(_) => Self::not_found(detail),
+            RequestError::Asking { .. } => Self::new(502, "replicator", "The replicator does not tell", detail),
+            RequestError::Step { .. } => Self::new(409, "step", "A step of the recovery was refused", detail),
             RequestError::Store => Self::new(500, "store", "The store failed", detail),
         }
     }

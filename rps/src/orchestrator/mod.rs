@@ -25,7 +25,7 @@ use umbra_api::lifecycle::Stage;
 use umbra_api::order::{Order, Peak, Tier};
 use umbra_api::replica::{Progress, ReplicaStatus, Role, ShadowMemory};
 use umbra_api::view::Mode;
-use umbra_api::{DecisionId, HostId, OrderId, UnixMs, VmId};
+use umbra_api::{DecisionId, Epoch, HostId, OrderId, UnixMs, VmId};
 
 use crate::fleet::{self, Fleet};
 use crate::lifecycle::{Edge, Event, Illegal, Reason, VmState};
@@ -63,6 +63,12 @@ pub enum Input {
         request: Request,
     },
     Mode(Mode),
+    /// The VM's hosts were asked, and it runs on this one.
+    Found {
+        vm: VmId,
+        host: HostId,
+        epoch: Epoch,
+    },
     Tick,
 }
 
@@ -240,6 +246,19 @@ impl Core {
         })
     }
 
+    /// An epoch above all that was ordered, heard of, or wished for: for an order that is not the lifecycle's.
+    pub fn take_epoch(&mut self, vm: VmId, at_least: Epoch) -> (Epoch, Outputs) {
+        let mut out = Outputs::default();
+        let heard = fleet::highest_epoch(&self.fleet, vm);
+        let Some(state) = self.states.get_mut(&vm) else {
+            return (at_least.max(heard.next()), out);
+        };
+        let epoch = at_least.max(heard.next()).max(state.epoch.next());
+        state.saw_epoch(epoch);
+        out.writes.push(Write::Vm(Box::new(state.clone())));
+        (epoch, out)
+    }
+
     /// Takes note of VMs that the agents tell of.
     pub fn foreseen(&mut self, outlook: &Outlook, now: UnixMs) -> Outputs {
         let mut out = Outputs::default();
@@ -284,6 +303,14 @@ impl Core {
             Input::Mode(mode) => {
                 self.mode = mode;
                 out.writes.push(Write::Mode(mode));
+            }
+            Input::Found { vm, host, epoch } => {
+                self.turn(vm, None, now, &mut out, |turn| {
+                    let home = turn.state.home.clone();
+                    if let Err(e) = turn.go(Event::Found { host, home, epoch }) {
+                        tracing::warn!(%vm, "{e}");
+                    }
+                });
             }
             Input::Tick => {}
         }

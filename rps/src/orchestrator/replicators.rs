@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use umbra_api::HostId;
+use umbra_api::adopt::Adoptable;
 use umbra_api::order::{Order, Refusal, RefusalCode};
 use umbra_api::problem::Problem;
+use umbra_api::recover::HostFacts;
 use umbra_api::replica::ReplicaStatus;
+use umbra_api::{HostId, VmId};
 use umbra_daemon::client::{Client, ClientError};
 
 use super::orders::Answer;
@@ -39,6 +41,33 @@ impl Replicators {
             Ok(_) => Answer::Accepted,
             Err(e) => answer_of(&e),
         }
+    }
+
+    pub async fn facts(&self, host: &HostId, vm: VmId) -> Result<HostFacts, String> {
+        let client = self
+            .clients
+            .get(host)
+            .ok_or_else(|| format!("{host} is not configured"))?;
+        client
+            .get(&format!("/v1/vms/{vm}/facts"))
+            .await
+            .map_err(|e| e.to_string())
+    }
+
+    /// `target`: its name and the address of its link.
+    pub async fn adoptable(
+        &self,
+        host: &HostId,
+        vm: VmId,
+        target: Option<&(HostId, String)>,
+    ) -> Result<Adoptable, String> {
+        let client = self
+            .clients
+            .get(host)
+            .ok_or_else(|| format!("{host} is not configured"))?;
+        let query = target.map_or_else(String::new, |(t, link)| format!("?target={t}&link={link}"));
+        let path = format!("/v1/vms/{vm}/adoptable{query}");
+        client.get(&path).await.map_err(|e| e.to_string())
     }
 
     pub async fn replicas(&self, host: &HostId) -> Result<Vec<ReplicaStatus>, String> {

@@ -9,6 +9,7 @@
 
 pub mod metrics;
 mod record;
+mod recover;
 mod tasks;
 pub mod views;
 
@@ -84,6 +85,12 @@ pub enum RequestError {
     Denied(#[from] Denied),
     #[error("no host can hold the shadow: {0}")]
     NoTarget(String),
+    #[error("{0:?} is no host of the configuration")]
+    Target(String),
+    #[error("{host}: {words}")]
+    Asking { host: HostId, words: String },
+    #[error("{host}: {words}; {done} steps were done before that")]
+    Step { host: HostId, words: String, done: usize },
     #[error("the store failed, umbra-rps stops")]
     Store,
 }

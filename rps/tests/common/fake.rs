@@ -339,6 +339,7 @@ impl Host {
                 }
                 _ => return wrong("a switchover needs a standby"),
             },
+            OrderKind::Recover { .. } | OrderKind::HandOver => return wrong("the simulation has no operator for that"),
             OrderKind::Announce { .. } => {
                 if self.target.get(&vm).is_none_or(|t| t.phase != Phase::Active) {
                     return wrong("no shadow became active here");
@@ -391,6 +392,7 @@ fn status(vm: VmId, role: Role, r: &Replica) -> ReplicaStatus {
         role,
         peer: r.peer.clone(),
         epoch: r.epoch,
+        seen: r.epoch,
         phase: r.phase,
         since: UnixMs(0),
         tier: None,

@@ -84,6 +84,19 @@ impl Pair {
         self.epoch
     }
 
+    /// Takes note of epochs that others gave: an operator's recovery takes its own.
+    pub fn catch_up(&mut self) -> Result<()> {
+        for host in ["a", "b"] {
+            let seen = self
+                .replicator(host)?
+                .replicas()?
+                .into_iter()
+                .map(|r| r.seen.max(r.epoch));
+            self.epoch = seen.chain([self.epoch]).max().unwrap_or(self.epoch);
+        }
+        Ok(())
+    }
+
     /// An order that must be accepted.
     pub fn order(&self, host: &str, epoch: Epoch, kind: OrderKind) -> Result<()> {
         let name = kind.name();

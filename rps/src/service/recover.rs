@@ -1,0 +1,147 @@
+//! The way out for one VM: asks its hosts for facts, plans, and has it done. The lifecycle follows by itself, from what the
+//! replicators tell afterwards.
+
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use umbra_api::adopt::Adoptable;
+use umbra_api::order::{Order, OrderKind};
+use umbra_api::recover::{Missing, Plan, RecoverRequest, Wishes, plan};
+use umbra_api::view::Mode;
+use umbra_api::{HostId, OrderId, VmId};
+
+use super::{RequestError, Service, lock, wall_clock};
+use crate::orchestrator::orders::Answer;
+use crate::orchestrator::{Denied, Input};
+
+impl Service {
+    /// Blocking: it asks the replicators, each within the configured time.
+    pub fn recover(self: &Arc<Self>, vm: VmId, wish: &RecoverRequest, dry_run: bool) -> Result<Plan, RequestError> {
+        let (mode, believed, hosts) = {
+            let engine = lock(&self.engine);
+            let state = engine.core.states().get(&vm);
+            let hosts: Vec<(HostId, String)> = engine
+                .core
+                .fleet()
+                .iter()
+                .map(|(h, r)| (h.clone(), r.link.clone()))
+                .collect();
+            (engine.core.mode(), state.map(|s| (s.host.clone(), s.stage)), hosts)
+        };
+        if mode == Mode::Observe && !dry_run {
+            return Err(Denied::Observing.into());
+        }
+        let (mut facts, mut missing) = (Vec::new(), Vec::new());
+        for (host, _) in &hosts {
+            match Handle::current().block_on(self.replicators.facts(host, vm)) {
+                Ok(f) => facts.push(f),
+                Err(why) => missing.push(Missing {
+                    host: host.to_string(),
+                    why,
+                }),
+            }
+        }
+        // A host that has nothing to do with the VM is not worth a line.
+        if facts.len() > 2 {
+            facts
+                .retain(|f| f.source.is_some() || f.target.is_some() || !f.qemus.is_empty() || !f.leftovers.is_empty());
+        }
+        let wishes = Wishes {
+            dead: wish.dead.clone(),
+            discard_shadow: wish.discard_shadow,
+        };
+        let mut plan = plan(vm, &facts, &missing, &wishes);
+        let runs = facts.iter().find(|f| f.runs()).map(|f| (f.host.clone(), f.epoch));
+        let astray = runs.filter(|(host, _)| believed.as_ref().is_some_and(|(b, _)| b != host));
+        if let Some((believed, stage)) = &believed {
+            plan.found.push(format!("the RPS: {stage} on {believed}"));
+        }
+        if let Some((host, _)) = &astray {
+            plan.by_hand
+                .push(format!("with --yes the RPS takes {host} for the VM's host"));
+        }
+        if dry_run {
+            return Ok(plan);
+        }
+        if let Some((host, epoch)) = astray {
+            self.step(Input::Found { vm, host, epoch })
+                .map_err(|()| RequestError::Store)?;
+        }
+        self.carry_out(&mut plan, &hosts)?;
+        Ok(plan)
+    }
+
+    /// What stands in the way of a shadow, on the VM's host and on `target` if one is given. Blocking.
+    pub fn adoptable(&self, vm: VmId, target: Option<&str>) -> Result<Adoptable, RequestError> {
+        let engine = lock(&self.engine);
+        let host = engine.core.states().get(&vm).map(|s| s.host.clone());
+        let host = host.ok_or(Denied::NoSuchVm(vm))?;
+        let member = |name: &str| {
+            let mut fleet = engine.core.fleet().iter();
+            fleet
+                .find(|(h, _)| h.as_str() == name)
+                .map(|(h, r)| (h.clone(), r.link.clone()))
+        };
+        let target = target
+            .map(|name| member(name).ok_or_else(|| RequestError::Target(name.to_owned())))
+            .transpose()?;
+        drop(engine);
+        let report = Handle::current().block_on(self.replicators.adoptable(&host, vm, target.as_ref()));
+        report.map_err(|words| RequestError::Asking { host, words })
+    }
+
+    fn carry_out(self: &Arc<Self>, plan: &mut Plan, hosts: &[(HostId, String)]) -> Result<(), RequestError> {
+        if plan.steps.is_empty() {
+            return Ok(());
+        }
+        // In the store before an order under it leaves the house.
+        let mut engine = lock(&self.engine);
+        let (epoch, out) = engine.core.take_epoch(plan.vm, plan.epoch);
+        self.finish(&mut engine, out).map_err(|()| RequestError::Store)?;
+        drop(engine);
+        plan.epoch = epoch;
+        for step in &plan.steps {
+            let order = Order {
+                id: OrderId(uuid::Uuid::new_v4()),
+                vm: plan.vm,
+                epoch,
+                kind: with_link(&step.order, hosts),
+            };
+            tracing::warn!(vm = %plan.vm, host = %step.host, at = %wall_clock().0, "recovery: {}", step.does);
+            match Handle::current().block_on(self.replicators.order(&step.host, &order)) {
+                Answer::Accepted => plan.done.push(step.does.clone()),
+                Answer::Refused(refusal) => {
+                    return Err(RequestError::Step {
+                        host: step.host.clone(),
+                        words: refusal.to_string(),
+                        done: plan.done.len(),
+                    });
+                }
+                Answer::Unknown(words) => {
+                    return Err(RequestError::Step {
+                        host: step.host.clone(),
+                        words,
+                        done: plan.done.len(),
+                    });
+                }
+            }
+        }
+        self.hurry.notify_waiters();
+        Ok(())
+    }
+}
+
+/// Where a host that is declared dead will be told of it.
+fn with_link(kind: &OrderKind, hosts: &[(HostId, String)]) -> OrderKind {
+    match kind {
+        OrderKind::Recover { way, dead, .. } => OrderKind::Recover {
+            way: *way,
+            dead: dead.clone(),
+            link: dead
+                .as_ref()
+                .and_then(|d| hosts.iter().find(|(h, _)| h == d))
+                .map(|(_, link)| link.clone()),
+        },
+        other => other.clone(),
+    }
+}

@@ -1,0 +1,128 @@
+//! What somebody else does to a VM while it is copied: stop, cancel, plug, reset, shut down. The copy ends with a reason that
+//! names it, or goes on; the VM is as whoever did it wants it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use umbra_api::order::{OrderKind, RefusalCode};
+use umbra_api::replica::{Phase, Role};
+use umbra_tests::lab::pair::Pair;
+use umbra_tests::lab::process::wait_for;
+use umbra_tests::lab::vm::{self, VmSpec};
+use umbra_tests::lab::{skips, sys};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until the copy has ended, by the named reason, and nothing is left of the shadow.
+fn ended(pair: &Pair, from: &str, to: &str, word: &str) -> Result<()> {
+    let error = wait_for("the copy to end", PATIENCE, || {
+        let r = pair.replica(from, Role::Source)?;
+        Ok(r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed))
+            .and_then(|r| r.error))
+    })?;
+    println!("{error}");
+    ensure!(error.code == RefusalCode::Interfered, "{error}");
+    ensure!(error.detail.contains(word), "{error}");
+    wait_for("the shadow's files to be gone", PATIENCE, || {
+        Ok(pair.ram_files(to)?.is_empty().then_some(()))
+    })
+}
+
+fn counts(pair: &Pair) -> Result<()> {
+    let before = vm::stats(&pair.lab.client, pair.vm.spec.ip)?.counter;
+    wait_for("the guest to go on", PATIENCE, || {
+        let now = vm::stats(&pair.lab.client, pair.vm.spec.ip).ok();
+        Ok(now.filter(|s| s.counter > before).map(|_| ()))
+    })
+}
+
+fn standby(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
+    pair.protect(from, to)?;
+    pair.wait_standby(from).map(|_| ())
+}
+
+fn run(pair: &mut Pair) -> Result<()> {
+    let watch = pair.vm.watch()?;
+    let tell = |command: &str, arguments| watch.execute(command, arguments, PATIENCE);
+
+    standby(pair, "a", "b")?;
+    tell("stop", json!({}))?;
+    ended(pair, "a", "b", "stopped")?;
+    wait_for("the guest to stay stopped", PATIENCE, || {
+        Ok((watch.status()? == "paused").then_some(()))
+    })?;
+    tell("cont", json!({}))?;
+    counts(pair)?;
+
+    standby(pair, "a", "b")?;
+    // QEMU itself refuses what would make the shadow's command line untrue, and whoever tries is told why.
+    let plug = tell("device_add", json!({"driver": "virtio-rng-pci", "id": "late"})).err();
+    let plug = plug.context("a device was plugged in while the VM was copied")?;
+    ensure!(format!("{plug:#}").contains("migrating"), "{plug:#}");
+    ensure!(
+        pair.replica("a", Role::Source)?
+            .is_some_and(|r| r.phase == Phase::Standby),
+        "and the copy goes on"
+    );
+    let second = tell("migrate", json!({"uri": "exec:cat"})).err();
+    ensure!(second.is_some(), "a second migration was begun");
+    tell("migrate_cancel", json!({}))?;
+    ended(pair, "a", "b", "cancelled")?;
+    counts(pair)
+}
+
+/// A reset is the guest's own business: the rounds bring what it wrote.
+fn reset(pair: &mut Pair) -> Result<()> {
+    let watch = pair.vm.watch()?;
+    let tell = |command: &str, arguments| watch.execute(command, arguments, PATIENCE);
+    // The lab's guests end instead of rebooting.
+    tell("set-action", json!({"reboot": "reset"}))?;
+    standby(pair, "a", "b")?;
+    tell("system_reset", json!({}))?;
+    pair.vm.wait_up(&pair.lab.client)?;
+    let after = pair.replica("a", Role::Source)?.context("a replica")?.progress.rounds;
+    wait_for("rounds after the reset", PATIENCE, || {
+        let r = pair.replica("a", Role::Source)?.context("a replica")?;
+        ensure!(r.phase == Phase::Standby, "the copy ended: {r:?}");
+        Ok((r.progress.rounds >= after + 2).then_some(()))
+    })?;
+    pair.switchover("a")?;
+    counts(pair)?;
+    pair.verify()?;
+
+    // And a shutdown ends the copy with its name.
+    let epoch = pair.next_epoch();
+    pair.order("a", epoch, OrderKind::Retire)?;
+    standby(pair, "b", "a")?;
+    let qemu = vm::qemus(pair.host("b")?, pair.id());
+    let qemu = *qemu.first().context("the VM's QEMU on b")?;
+    sys::kill(qemu, Signal::SIGTERM)?;
+    ended(pair, "b", "a", "shuts down")
+}
+
+fn test(name: &str, body: impl FnOnce(&mut Pair) -> Result<()>) {
+    if skips(&["umbra", "umbra-replicator"]) {
+        return;
+    }
+    let spec = VmSpec {
+        dirty: 500,
+        ..VmSpec::new("web", 10)
+    };
+    // Unwatched: the watcher would hold the monitor over which this interferes.
+    let result = Pair::start_unwatched(&spec).and_then(|mut pair| body(&mut pair));
+    if let Err(e) = result {
+        panic!("{name}: {e:#}");
+    }
+}
+
+#[test]
+fn a_stop_a_cancel_and_a_plugged_device_are_named() {
+    test("interference", run);
+}
+
+#[test]
+fn a_reset_is_followed_and_a_shutdown_is_named() {
+    test("reset", reset);
+}

@@ -1,0 +1,190 @@
+//! The one command that leads out of every state, with the RPS gone; and a VM that is handed over to its own management.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use umbra_api::order::OrderKind;
+use umbra_api::replica::{Phase, Role};
+use umbra_tests::lab::daemons::REPLICATOR;
+use umbra_tests::lab::pair::{Pair, with_pair};
+use umbra_tests::lab::process::wait_for;
+use umbra_tests::lab::qmp::Qmp;
+use umbra_tests::lab::sys;
+use umbra_tests::lab::vm::{self, VmSpec};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn spec() -> VmSpec {
+    VmSpec {
+        dirty: 500,
+        ..VmSpec::new("web", 10)
+    }
+}
+
+/// Runs the operator's command where an operator would, and gives its exit code and what it said.
+fn umbra(pair: &Pair, arguments: &[&str]) -> Result<(i32, String)> {
+    let client = &pair.lab.client;
+    let log = client.file("umbra.log");
+    let before = std::fs::read(&log).map_or(0, |l| l.len());
+    let mut command = Command::new(pair.binaries.path("umbra"));
+    command.args(arguments).args(["--timeout", "30"]);
+    let status = client.spawn("umbra", command)?.wait(PATIENCE)?;
+    let said = std::fs::read(&log)?;
+    let said = String::from_utf8_lossy(said.get(before..).unwrap_or_default()).into_owned();
+    println!("umbra {}\n{said}", arguments.join(" "));
+    Ok((status.code().context("it was killed")?, said))
+}
+
+fn recover(pair: &Pair, more: &[&str]) -> Result<String> {
+    let (a, b) = (url(pair, "a")?, url(pair, "b")?);
+    let mut arguments = vec!["recover", "web", "--replicator", &a, "--replicator", &b];
+    arguments.extend(more);
+    let (code, said) = umbra(pair, &arguments)?;
+    ensure!(code == 0, "exit code {code}: {said}");
+    Ok(said)
+}
+
+fn url(pair: &Pair, host: &str) -> Result<String> {
+    Ok(format!("http://{}:{REPLICATOR}", pair.host(host)?.ip))
+}
+
+fn away(pair: &mut Pair) -> Result<()> {
+    pair.protect("a", "b")?;
+    pair.wait_standby("a")?;
+    pair.switchover("a")?;
+    ensure!(pair.wait_runs()? == "b", "it runs on b");
+    Ok(())
+}
+
+fn wait_nobody(pair: &Pair) -> Result<()> {
+    wait_for("nobody to run the VM", PATIENCE, || {
+        Ok(pair.running_on().is_empty().then_some(()))
+    })
+}
+
+/// The QEMU of the VM on a host.
+fn qemu(pair: &Pair, host: &str) -> Result<i32> {
+    vm::qemus(pair.host(host)?, pair.id())
+        .first()
+        .copied()
+        .with_context(|| format!("a QEMU on {host}"))
+}
+
+/// The shadow's counterpart of the primary's first monitor, which nobody holds there.
+fn monitor(pair: &Pair, host: &str) -> Result<PathBuf> {
+    let run = pair.host(host)?.folder("run")?;
+    let dirs = std::fs::read_dir(&run)?.filter_map(|e| Some(e.ok()?.path().join("qmp0.sock")));
+    dirs.filter(|p| p.exists()).last().context("a monitor of the shadow")
+}
+
+#[test]
+fn a_stopped_primary_runs_again_when_its_target_is_lost() {
+    with_pair("recover", &spec(), |pair| {
+        away(pair)?;
+        let all_is_well = recover(pair, &[])?;
+        ensure!(all_is_well.contains("quits the stopped primary"), "{all_is_well}");
+
+        // The VM's QEMU dies on b: the way back is the stopped primary.
+        sys::kill(qemu(pair, "b")?, Signal::SIGKILL)?;
+        wait_nobody(pair)?;
+        wait_for("b to notice", PATIENCE, || {
+            let gone = pair
+                .replica("b", Role::Target)?
+                .is_none_or(|r| r.phase == Phase::Released);
+            Ok(gone.then_some(()))
+        })?;
+        let shown = recover(pair, &[])?;
+        ensure!(shown.contains("risk:") && shown.contains("with --yes"), "{shown}");
+        ensure!(pair.running_on().is_empty(), "what is only shown is not done");
+        recover(pair, &["--yes"])?;
+        ensure!(pair.wait_runs()? == "a", "it runs on a again");
+        ensure!(pair.errors()? == 0, "no pattern error");
+        wait_for("the record of it", PATIENCE, || {
+            let r = pair.replica("a", Role::Source)?;
+            Ok(r.is_some_and(|r| r.phase == Phase::Released).then_some(()))
+        })?;
+
+        // Once more, and b is a host that does not answer: its VM stands still, its replicator is gone.
+        pair.catch_up()?;
+        away(pair)?;
+        let frozen = Qmp::connect(&monitor(pair, "b")?, PATIENCE)?;
+        frozen.execute("stop", json!({}), PATIENCE)?;
+        pair.kill_replicator("b")?;
+        wait_nobody(pair)?;
+        let shown = recover(pair, &["--yes"])?;
+        ensure!(shown.contains("--host-is-dead b"), "{shown}");
+        ensure!(
+            pair.running_on().is_empty(),
+            "a host that does not answer may run its copy"
+        );
+        recover(pair, &["--yes", "--host-is-dead", "b"])?;
+        ensure!(pair.wait_runs()? == "a", "by an operator's word");
+        ensure!(
+            !vm::qemus(pair.host("b")?, pair.id()).is_empty(),
+            "b has its copy still"
+        );
+        // It is back, and is told.
+        drop(frozen);
+        pair.restart_replicator("b")?;
+        pair.wait_alone()?;
+        ensure!(pair.wait_runs()? == "a", "the copy that was chosen runs on");
+        pair.catch_up()?;
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        ensure!(pair.errors()? == 0, "no pattern error");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_vm_that_was_handed_over_is_nobodys_but_its_owners() {
+    with_pair("handover", &spec(), |pair| {
+        away(pair)?;
+        // The old primary is kept until it is retired, also while the way back is built.
+        let epoch = pair.next_epoch();
+        let link = pair.replicator("a")?.link();
+        let early = pair
+            .replicator("a")?
+            .order(pair.id(), epoch, OrderKind::Admit { source: "b".parse()? })?;
+        ensure!(early.is_ok(), "{early:?}");
+        let back = OrderKind::Protect {
+            target: "a".parse()?,
+            link,
+            pacing: umbra_api::order::Pacing::default(),
+        };
+        pair.order("b", epoch, back)?;
+        pair.wait_standby("b")?;
+        ensure!(
+            vm::qemus(pair.host("a")?, pair.id()).len() == 2,
+            "beside the new standby the old primary is still there"
+        );
+        let (code, said) = umbra(pair, &["shadow", "handover", "web", "--replicator", &url(pair, "b")?])?;
+        ensure!(code == 4 && said.contains("release it first"), "{code}: {said}");
+        pair.release()?;
+        let epoch = pair.next_epoch();
+        pair.order("a", epoch, OrderKind::Retire)?;
+        pair.wait_alone()?;
+
+        let (code, said) = umbra(pair, &["shadow", "handover", "web", "--replicator", &url(pair, "b")?])?;
+        ensure!(code == 0, "{code}: {said}");
+        for word in ["-uuid", "RAM pc.ram", "QMP:", "tap:"] {
+            ensure!(said.contains(word), "{word} is told: {said}");
+        }
+        ensure!(pair.replica("b", Role::Target)?.is_none(), "the replicator forgot it");
+        // Not even a restart, which clears up, touches it.
+        pair.kill_replicator("b")?;
+        pair.restart_replicator("b")?;
+        ensure!(pair.wait_runs()? == "b", "it runs on");
+        // And it is a VM like any other.
+        pair.catch_up()?;
+        pair.protect("b", "a")?;
+        pair.wait_standby("b")?;
+        pair.switchover("b")?;
+        ensure!(pair.wait_runs()? == "a", "it runs on a");
+        pair.verify()
+    });
+}
