@@ -50,9 +50,9 @@ async fn by_hand(ask: &Ask<'_>, wish: &Recover, act: bool) -> Result<Plan, Error
                 known.push((f.host.clone(), client));
                 facts.push(f);
             }
-            Err(e @ Error::Unreachable { .. }) => missing.push(Missing {
+            Err(Error::Unreachable { cause, .. }) => missing.push(Missing {
                 host: client.base().to_owned(),
-                why: e.to_string(),
+                why: cause,
             }),
             Err(e) => return Err(e),
         }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use umbra_api::order::OrderKind;
+use umbra_api::recover::{Decided, HostFacts};
 use umbra_api::replica::{Phase, Role};
 use umbra_tests::lab::daemons::REPLICATOR;
 use umbra_tests::lab::pair::{Pair, with_pair};
@@ -81,9 +82,27 @@ fn monitor(pair: &Pair, host: &str) -> Result<PathBuf> {
     dirs.filter(|p| p.exists()).last().context("a monitor of the shadow")
 }
 
+/// Whether a's VM could be shadowed on b.
+fn ask_of<'a>(replicator: &'a str, link: &'a str) -> [&'a str; 9] {
+    [
+        "adopt",
+        "web",
+        "--check",
+        "--replicator",
+        replicator,
+        "--host",
+        "b",
+        "--link",
+        link,
+    ]
+}
+
 #[test]
 fn a_stopped_primary_runs_again_when_its_target_is_lost() {
     with_pair("recover", &spec(), |pair| {
+        let (a, link) = (url(pair, "a")?, pair.replicator("b")?.link());
+        let (code, said) = umbra(pair, &ask_of(&a, &link))?;
+        ensure!(code == 0 && said.contains("can be shadowed on b"), "{code}: {said}");
         away(pair)?;
         let all_is_well = recover(pair, &[])?;
         ensure!(all_is_well.contains("quits the stopped primary"), "{all_is_well}");
@@ -126,6 +145,11 @@ fn a_stopped_primary_runs_again_when_its_target_is_lost() {
         ensure!(
             !vm::qemus(pair.host("b")?, pair.id()).is_empty(),
             "b has its copy still"
+        );
+        let (code, said) = umbra(pair, &ask_of(&a, &link))?;
+        ensure!(
+            code == 4 && said.contains("b: "),
+            "a target that does not answer is a finding: {code}: {said}"
         );
         // It is back, and is told.
         drop(frozen);
@@ -185,6 +209,72 @@ fn a_vm_that_was_handed_over_is_nobodys_but_its_owners() {
         pair.wait_standby("b")?;
         pair.switchover("b")?;
         ensure!(pair.wait_runs()? == "a", "it runs on a");
+        pair.verify()
+    });
+}
+
+fn facts(pair: &Pair, host: &str) -> Result<HostFacts> {
+    let host = pair.host(host)?;
+    host.get((host.ip, REPLICATOR), "/v1/vms/web/facts")?.ok()?.json()
+}
+
+/// Switches over, and loses the primary and its replicator when both sides have written down what binds, and nothing is decided:
+/// the shadow, which was held up, is prepared afterwards.
+fn lose_undecided(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
+    let primary = qemu(pair, from)?;
+    pair.protect(from, to)?;
+    pair.wait_standby(from)?;
+    let shadow = qemu(pair, to)?;
+    sys::kill(shadow, Signal::SIGSTOP)?;
+    let epoch = pair.next_epoch();
+    pair.order(from, epoch, OrderKind::Switchover)?;
+    wait_for("both sides to have written it down", PATIENCE, || {
+        let (source, target) = (facts(pair, from)?.source, facts(pair, to)?.target);
+        let ready = |side: Option<umbra_api::recover::SideFacts>| side.is_some_and(|s| s.decided == Decided::Ready);
+        Ok((ready(source) && ready(target)).then_some(()))
+    })?;
+    sys::kill(primary, Signal::SIGKILL)?;
+    pair.kill_replicator(from)?;
+    sys::kill(shadow, Signal::SIGCONT)?;
+    wait_for("the shadow to be prepared", PATIENCE, || {
+        let r = pair.replica(to, Role::Target)?;
+        Ok(r.is_some_and(|r| r.phase == Phase::Prepared).then_some(()))
+    })?;
+    wait_nobody(pair)
+}
+
+#[test]
+fn a_shadow_whose_primary_died_undecided_runs_by_an_operators_word() {
+    with_pair("undecided", &spec(), |pair| {
+        lose_undecided(pair, "a", "b")?;
+        let shown = recover(pair, &["--yes"])?;
+        ensure!(shown.contains("--host-is-dead a"), "{shown}");
+        // The replicator is back, and knows that nothing was decided.
+        pair.restart_replicator("a")?;
+        let shown = recover(pair, &[])?;
+        ensure!(shown.contains("as old as epoch"), "{shown}");
+        ensure!(pair.running_on().is_empty(), "nobody runs it unasked");
+        recover(pair, &["--yes"])?;
+        ensure!(pair.wait_runs()? == "b", "the shadow runs");
+        ensure!(pair.errors()? == 0, "no pattern error");
+
+        // And back, where the other host never comes back before it is declared dead.
+        pair.catch_up()?;
+        lose_undecided(pair, "b", "a")?;
+        recover(pair, &["--yes", "--host-is-dead", "b"])?;
+        ensure!(pair.wait_runs()? == "a", "the shadow runs");
+        ensure!(pair.errors()? == 0, "no pattern error");
+        pair.restart_replicator("b")?;
+        wait_for("b to be told", PATIENCE, || {
+            Ok(facts(pair, "a")?.fence.is_none().then_some(()))
+        })?;
+        let shown = recover(pair, &["--yes"])?;
+        ensure!(shown.contains("take note"), "{shown}");
+        wait_for("b to know how it ended", PATIENCE, || {
+            let r = pair.replica("b", Role::Source)?;
+            Ok(r.is_some_and(|r| r.phase == Phase::Relinquished).then_some(()))
+        })?;
+        ensure!(pair.wait_runs()? == "a", "it runs on");
         pair.verify()
     });
 }
