@@ -12,8 +12,8 @@ use crate::{build, ebpf, run, setup};
 enum Runner {
     /// What cargo runs. Needs no prepared machine.
     Cargo(&'static [&'static str]),
-    /// `umbra-bench NAME`: whole systems, on a machine that is made ready like for the demo, and the Debian package of the peer.
-    Lab(Option<&'static str>),
+    /// `umbra-bench NAME`: whole systems, on a machine that is made ready like for the demo, and Debian packages that it needs: the peer, mostly.
+    Lab(&'static [&'static str]),
 }
 
 const BENCHES: &[(&str, Runner)] = &[
@@ -29,10 +29,11 @@ const BENCHES: &[(&str, Runner)] = &[
         "pages",
         Runner::Cargo(&["-p", "umbra-replicator", "--example", "bench_pages"]),
     ),
-    ("switchover", Runner::Lab(None)),
-    ("standby", Runner::Lab(None)),
-    ("tier", Runner::Lab(None)),
-    ("agent", Runner::Lab(Some("prometheus-process-exporter"))),
+    ("switchover", Runner::Lab(&[])),
+    ("standby", Runner::Lab(&[])),
+    ("tier", Runner::Lab(&[])),
+    ("agent", Runner::Lab(&["prometheus-process-exporter"])),
+    ("wire", Runner::Lab(&["busybox-static", "sqlite3"])),
 ];
 
 #[derive(Args)]
@@ -62,7 +63,7 @@ pub fn run(options: &Options) -> Result<()> {
             cargo.args(["run", "--quiet", "--release"]).args(*target).arg("--");
             cargo
         }
-        Runner::Lab(peer) => lab(name, *peer)?,
+        Runner::Lab(packages) => lab(name, packages)?,
     };
     if let Some(file) = &options.json {
         // Cargo starts it in the repository, the caller meant his own folder.
@@ -76,12 +77,12 @@ pub fn run(options: &Options) -> Result<()> {
     run::run(&mut command)
 }
 
-fn lab(name: &str, peer: Option<&'static str>) -> Result<Command> {
+fn lab(name: &str, packages: &[&'static str]) -> Result<Command> {
     setup::run(&setup::Options::default())?;
     build::run()?;
-    if let Some(package) = peer.filter(|p| debian::installed(p).is_none()) {
-        println!("  missing  {package}: the peer");
-        // Without it ours are measured all the same.
+    for package in packages.iter().filter(|p| debian::installed(p).is_none()) {
+        println!("  missing  {package}: what this benchmark compares with, or measures");
+        // Without a peer ours are measured all the same; the benchmark says if it can't do without.
         if let Err(error) = Apt::default().install(&[package], None) {
             println!("    {error:#}");
         }

@@ -3,9 +3,10 @@
 //!
 //! In reading order: [`rows`] (figures, table, JSON), [`probe`] (who asks the guest, in a process of its own), [`ours`] and
 //! [`stock`] (one hop of a VM each), [`switchover`], [`standby`] (what a waiting shadow costs), [`tier`] (and at
-//! tier 0), [`agent`].
+//! tier 0), [`agent`], [`wire`] (what travels).
 
 pub mod agent;
+pub mod cpu;
 pub mod ours;
 pub mod probe;
 pub mod rows;
@@ -13,6 +14,7 @@ pub mod standby;
 pub mod stock;
 pub mod switchover;
 pub mod tier;
+pub mod wire;
 
 use std::path::PathBuf;
 
@@ -44,6 +46,7 @@ pub const BENCHES: &[(&str, Bench)] = &[
     ("standby", standby::run),
     ("tier", tier::run),
     ("agent", agent::run),
+    ("wire", wire::run),
 ];
 
 pub fn run(name: &str, options: &Options) -> Result<()> {

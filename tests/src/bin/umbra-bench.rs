@@ -25,6 +25,8 @@ enum Command {
     Tier(Run),
     /// What measuring costs, beside process-exporter
     Agent(Run),
+    /// Bytes on the link, beside QEMU's own migration plain and with multifd and zstd
+    Wire(Run),
     /// Asks a guest until it is told to end; what the other commands start
     #[command(hide = true)]
     Probe {
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Command::Standby(r) => run("standby", r),
         Command::Tier(r) => run("tier", r),
         Command::Agent(r) => run("agent", r),
+        Command::Wire(r) => run("wire", r),
         Command::Probe { ip, out } => bench::probe::run(ip, &out),
     };
     match done {
