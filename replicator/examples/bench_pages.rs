@@ -37,7 +37,9 @@ const CASES: [(&str, Change); 5] = [
     ("zero", |p, _| *p = [0; 4096]),
     ("same", |_, _| {}),
     ("counter", |p, n| put(p, 1000, n)),
-    ("every 256th byte", |p, n| (0..16).for_each(|i| p[i * 256] = n as u8)),
+    ("every 256th byte", |p, n| {
+        (0..16).for_each(|i| p[i * 256] = (n / ROUND + i as u64) as u8)
+    }),
     ("text, rewritten", |p, n| text(p, n * 977)),
 ];
 

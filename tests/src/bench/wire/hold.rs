@@ -18,6 +18,7 @@ use umbra_replicator::stream::{Event, Limits, Parser, Section, return_path};
 use super::guest::Guest;
 use super::peers::{Cost, Multifd, capabilities};
 use crate::bench::cpu;
+use crate::lab::process::wait_for;
 
 const QMP: Duration = Duration::from_secs(10);
 /// The replicator's own default.
@@ -51,6 +52,17 @@ pub struct Hold<'a> {
     received: u64,
     buffer: Vec<u8>,
     costs: Costs,
+    told: PageKinds,
+}
+
+/// The kinds of pages since `before`.
+fn difference(now: PageKinds, before: PageKinds) -> PageKinds {
+    let mut since = now;
+    for (to, (_, less)) in since.all_mut().into_iter().zip(before.all()) {
+        to.pages -= less.pages;
+        to.bytes -= less.bytes;
+    }
+    since
 }
 
 /// What a read held that has to be acted on in order.
@@ -80,10 +92,11 @@ impl<'a> Hold<'a> {
             received: 0,
             buffer: vec![0; READ_BYTES],
             costs: Costs::default(),
+            told: PageKinds::default(),
         })
     }
 
-    /// Reads up to the end of a round, the first of which is the whole memory.
+    /// Reads up to the end of a round, the first of which is the whole memory. Of a stopped guest that is all.
     pub fn round(&mut self) -> Result<()> {
         loop {
             for item in self.read()? {
@@ -95,7 +108,12 @@ impl<'a> Hold<'a> {
                         self.costs.rounds += 1;
                         return self.end_round();
                     }
-                    Action::RamDone(round) => bail!("the hold ended by itself: {round:?}"),
+                    // A stopped guest's migration is not held: it ends with its first pass.
+                    Action::RamDone(_) => {
+                        self.costs.rounds += 1;
+                        self.end_round()?;
+                        return self.end();
+                    }
                 }
             }
             if self.pacer.is_seeding() {
@@ -104,6 +122,18 @@ impl<'a> Hold<'a> {
                 self.pacer.synced(syncs, self.received + self.waiting()?);
             }
         }
+    }
+
+    /// Reads the device state, and lets QEMU's migration end well.
+    fn end(&mut self) -> Result<()> {
+        while !self.parser.is_complete() {
+            self.read()?;
+        }
+        self.socket.write_all(&return_path::shut(0))?;
+        wait_for("the migration to end", QMP, || {
+            let info = self.guest.qmp.execute("query-migrate", json!({}), QMP)?;
+            Ok((info["status"] == "completed").then_some(()))
+        })
     }
 
     /// After the rest between two rounds.
@@ -116,7 +146,8 @@ impl<'a> Hold<'a> {
     /// What was counted since it was taken last.
     pub fn take(&mut self) -> Costs {
         let mut costs = std::mem::take(&mut self.costs);
-        costs.pages = self.encoder.stats();
+        let now = self.encoder.stats();
+        costs.pages = difference(now, std::mem::replace(&mut self.told, now));
         costs.multifd.bytes = std::mem::take(&mut self.multifd.bytes);
         costs
     }

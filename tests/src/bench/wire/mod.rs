@@ -2,7 +2,7 @@
 //! and with multifd and zstd (level 1, its default).
 //!
 //! Three loads, each in a Linux of its own with real programs: a file server and its client, a compiler, a database ([`guest`]).
-//! For the first copy the guest is stopped, so that all three send the very same memory; the peers' bytes are counted at a socket. For
+//! For the first copy the guest is stopped (its migration is then not held, but ends), so that all three send the very same memory; the peers' bytes are counted at a socket. For
 //! the rounds it runs, and all three are counted on the very same pages: stock is QEMU's stream itself, held as ours is;
 //! multifd is computed, which the first copy shows to be right within a percent or so ([`peers`]).
 //! TLS's own bytes are in nobody's figures.
@@ -78,10 +78,10 @@ fn measure(host: &Host, guest: &Guest, load: &str, window: Duration) -> Result<F
     peers::run(guest, true)?;
     peers::run(guest, false)?;
     let before = cpu::of_process(guest.process.pid())?;
-    let mut hold = Hold::start(guest, &host.file(&format!("{load}.sock")))?;
-    hold.round()?;
+    let mut whole = Hold::start(guest, &host.file(&format!("{load}-seed.sock")))?;
+    whole.round().context("our first copy")?;
     let qemu_s = cpu::of_process(guest.process.pid())? - before;
-    let seed = hold.take();
+    let seed = whole.take();
     println!(
         "{load}: first copy {}; computed multifd {:.1} MB beside {:.1} real",
         kinds(&seed),
@@ -89,6 +89,10 @@ fn measure(host: &Host, guest: &Guest, load: &str, window: Duration) -> Result<F
         mb(multifd.bytes)
     );
     peers::run(guest, true)?;
+    let mut hold = Hold::start(guest, &host.file(&format!("{load}.sock")))?;
+    hold.round()?;
+    // Of a running guest: not what is compared.
+    hold.take();
     let end = Instant::now() + window;
     while Instant::now() < end {
         // This is the pause that pacing is about.
@@ -97,7 +101,7 @@ fn measure(host: &Host, guest: &Guest, load: &str, window: Duration) -> Result<F
         hold.round()?;
     }
     let rounds = hold.take();
-    println!("{load}: seed and {} rounds {}", rounds.rounds, kinds(&rounds));
+    println!("{load}: {} rounds {}", rounds.rounds, kinds(&rounds));
     let ours = Cost {
         cpu_s: seed.ours.cpu_s + qemu_s,
         ..seed.ours
