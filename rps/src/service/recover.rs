@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use umbra_api::adopt::Adoptable;
 use umbra_api::order::{Order, OrderKind};
-use umbra_api::recover::{Missing, Plan, RecoverRequest, Wishes, plan};
+use umbra_api::recover::{HostFacts, Missing, Plan, RecoverRequest, Wishes, plan};
 use umbra_api::view::Mode;
 use umbra_api::{HostId, OrderId, VmId};
 
@@ -31,16 +31,7 @@ impl Service {
         if mode == Mode::Observe && !dry_run {
             return Err(Denied::Observing.into());
         }
-        let (mut facts, mut missing) = (Vec::new(), Vec::new());
-        for (host, _) in &hosts {
-            match Handle::current().block_on(self.replicators.facts(host, vm)) {
-                Ok(f) => facts.push(f),
-                Err(why) => missing.push(Missing {
-                    host: host.to_string(),
-                    why,
-                }),
-            }
-        }
+        let (mut facts, missing) = Handle::current().block_on(self.all_facts(vm, &hosts));
         // A host that has nothing to do with the VM is not worth a line.
         if facts.len() > 2 {
             facts
@@ -69,6 +60,31 @@ impl Service {
         }
         self.carry_out(&mut plan, &hosts)?;
         Ok(plan)
+    }
+
+    /// Of all hosts at once: those that are down cost the time of one.
+    async fn all_facts(&self, vm: VmId, hosts: &[(HostId, String)]) -> (Vec<HostFacts>, Vec<Missing>) {
+        let mut asked = tokio::task::JoinSet::new();
+        for (host, _) in hosts {
+            let (replicators, host) = (self.replicators.clone(), host.clone());
+            asked.spawn(async move {
+                let told = replicators.facts(&host, vm).await;
+                told.map_err(|why| Missing {
+                    host: host.to_string(),
+                    why,
+                })
+            });
+        }
+        let (mut facts, mut missing) = (Vec::new(), Vec::new());
+        for told in asked.join_all().await {
+            match told {
+                Ok(f) => facts.push(f),
+                Err(m) => missing.push(m),
+            }
+        }
+        facts.sort_by(|a, b| a.host.cmp(&b.host));
+        missing.sort_by(|a, b| a.host.cmp(&b.host));
+        (facts, missing)
     }
 
     /// What stands in the way of a shadow, on the VM's host and on `target` if one is given. Blocking.
