@@ -50,6 +50,15 @@ fn accel() -> String {
     std::env::var("UMBRA_ACCEL").unwrap_or_else(|_| "tcg".into())
 }
 
+/// The rate of this machine's TSC, which TCG hands on to its guests.
+fn tsc_khz() -> u64 {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mhz = text
+        .lines()
+        .find_map(|l| l.strip_prefix("cpu MHz")?.split_once(':')?.1.trim().parse::<f64>().ok());
+    (mhz.unwrap_or(2000.0) * 1e3) as u64
+}
+
 /// As Debian's package `ovmf` has it.
 fn ovmf(part: &str) -> PathBuf {
     Path::new("/usr/share/OVMF").join(format!("OVMF_{part}_4M.fd"))
@@ -73,6 +82,15 @@ impl Hardware {
         let firmware = [ovmf("CODE"), ovmf("VARS")];
         let lacking = firmware.iter().find(|f| self.uefi && !f.is_file())?;
         Some(format!("{} is missing: cargo xtask setup", lacking.display()))
+    }
+
+    /// What Linux must be told of this machine. On a microvm only the PIT is there to measure the TSC with; under TCG on a busy
+    /// core that fails often, and Linux then waits for ever for ticks that a PIT without a PIC does not give.
+    pub fn kernel_words(&self) -> String {
+        match self.machine.starts_with("microvm") {
+            true => format!(" tsc_early_khz={}", tsc_khz()),
+            false => String::new(),
+        }
     }
 
     /// QEMU's options but for NICs; files that they name are made.

@@ -126,8 +126,12 @@ impl VmSpec {
         };
         format!(
             "console=ttyS0 quiet panic=-1 umbra.ip={}/24 umbra.pattern={pattern} umbra.dirty={} umbra.tick_ms=100 \
-             umbra.work_us={} umbra.scrub_s={}{disks}",
-            self.ip, self.dirty, self.work_us, self.scrub_s
+             umbra.work_us={} umbra.scrub_s={}{disks}{}",
+            self.ip,
+            self.dirty,
+            self.work_us,
+            self.scrub_s,
+            self.hardware.kernel_words()
         )
     }
 }
