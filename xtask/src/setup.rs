@@ -62,7 +62,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "Debian packages",
-        why: "QEMU, network namespaces, a C compiler for bundled libraries, a compiler for the kernel programs",
+        why: "QEMU, UEFI firmware for a test, network namespaces, a C compiler for bundled libraries, a compiler for the kernel programs",
         look: look_packages,
         act: install_packages,
         needs_root: true,
@@ -208,6 +208,7 @@ fn add_security(_: &mut Context) -> Result<String> {
 const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", QEMU_LEAST),
     ("qemu-utils", QEMU_LEAST),
+    ("ovmf", ""),
     ("iproute2", ""),
     ("build-essential", ""),
     ("pkg-config", ""),

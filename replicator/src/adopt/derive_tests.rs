@@ -448,6 +448,43 @@ fn disks_of_a_former_shadow_are_disks_again() {
 }
 
 #[test]
+fn uefi_variables_are_a_disk_and_its_code_a_file() {
+    let code = "-drive if=pflash,format=raw,readonly=on,file=/fw/CODE.fd";
+    let nodes = r#"-blockdev {"driver":"file","filename":"/fw/VARS.fd","node-name":"p1s"}
+        -blockdev {"driver":"raw","node-name":"p1","file":"p1s"} -machine pflash1=p1"#;
+    for (options, node, device) in [
+        ("-drive if=pflash,format=raw,file=/fw/VARS.fd", "#block7", "pflash1"),
+        (nodes, "p1", "/machine/system.flash1"),
+    ] {
+        let mut args = demo();
+        args.extend(line(&format!("{code} {options}")));
+        let vars = BlockNode {
+            bytes: 540_672,
+            ..block(node, device, "raw", "/fw/VARS.fd")
+        };
+        let spec = derive(
+            &args,
+            &Facts {
+                disks: vec![vars],
+                ..facts()
+            },
+        )
+        .unwrap()
+        .spec;
+        assert!(spec.files.contains(&"/fw/CODE.fd".to_owned()), "{:?}", spec.files);
+        assert!(!spec.files.contains(&"/fw/VARS.fd".to_owned()), "{:?}", spec.files);
+        let [disk] = spec.disks.as_slice() else {
+            panic!("one disk: {:?}", spec.disks)
+        };
+        assert_eq!(
+            (disk.node.as_str(), disk.path.as_str(), disk.bytes),
+            (node, "/fw/VARS.fd", 540_672)
+        );
+        command::check(&spec).unwrap();
+    }
+}
+
+#[test]
 fn disks_that_cannot_be_copied_are_refused_with_their_reason() {
     let nodes = || {
         vec![
@@ -461,7 +498,7 @@ fn disks_that_cannot_be_copied_are_refused_with_their_reason() {
         ("-drive file=/srv/a,id=d0,format=vdi", "vdi was not tried"),
         ("-drive file=nbd://h/x,id=d0", "only files"),
         ("-drive file=/srv/a,id=d0,backing.file.filename=/x", "backing chain"),
-        ("-drive file=/fw/VARS.fd,if=pflash", "pflash"),
+        ("-drive file=/srv/a,if=sd", "if=sd"),
         ("-drive file=/srv/other,id=d7", "does not list it"),
         ("-blockdev driver=throttle,node-name=t,file=f", "throttle"),
         (

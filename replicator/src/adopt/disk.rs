@@ -6,6 +6,7 @@
 //!  -blockdev {"driver":"file","node-name":"s","filename":"/srv/a.qcow2"}                       … or in a node of its own,
 //!  -blockdev {"driver":"qcow2","node-name":"f","file":"s"}                                     which the format's names
 //! ```
+//! UEFI's variables (`if=pflash`, or a node that `-machine pflash1=` names) are such a disk: small, and written by the firmware.
 //! In each of them the path becomes a gap that the target fills with its own image. That image is flat: an image with a
 //! backing file is copied whole, so the shadow needs no chain.
 
@@ -50,7 +51,7 @@ pub(super) fn check_all(walk: &Walk<'_>) -> Result<(), Refusal> {
 fn drive(walk: &mut Walk<'_>, arg: &str, value: &str) -> Result<(), String> {
     let mut opts = parse(value, "driver").map_err(|r| r.detail)?;
     let bus = opts.get("if").unwrap_or_default();
-    if matches!(bus.as_str(), "pflash" | "sd" | "mtd" | "floppy") {
+    if matches!(bus.as_str(), "sd" | "mtd" | "floppy") {
         return Err(format!("a private disk of kind if={bus} was not tried"));
     }
     if opts.is_on("snapshot") {

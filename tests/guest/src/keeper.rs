@@ -11,9 +11,7 @@ use crate::state::State;
 use crate::sys;
 
 const PERIOD: Duration = Duration::from_millis(20);
-/// The scrubber wants to see each page once in this long …
-const SCRUB_SECONDS: f64 = 10.0;
-/// … but takes no more than this of a period (7 % of a core), and then needs longer.
+/// The scrubber takes no more than this of a period (7 % of a core), and then needs longer than it was asked to.
 const SCRUB_BUDGET: Duration = Duration::from_micros(1400);
 /// Faults told one by one on the console; all are counted.
 const TOLD: u64 = 20;
@@ -38,8 +36,9 @@ fn available_kib() -> u64 {
         .unwrap_or(0)
 }
 
-pub fn run(mut pattern: Pattern, state: &State) -> ! {
-    let scrub_per_period = (pattern.pages() as f64 * PERIOD.as_secs_f64() / SCRUB_SECONDS).ceil() as u64;
+/// `scrub_s`: in how many seconds each page is to be verified once.
+pub fn run(mut pattern: Pattern, state: &State, scrub_s: u64) -> ! {
+    let scrub_per_period = (pattern.pages() as f64 * PERIOD.as_secs_f64() / scrub_s as f64).ceil() as u64;
     let mut last = Instant::now();
     let mut owed = 0.0;
     loop {

@@ -127,8 +127,8 @@ fn start_pattern(options: &Options, state: &Arc<State>) {
         Ok(memory) => {
             let pattern = Pattern::fill(memory);
             state.pattern_pages.store(pattern.pages() as u64, Relaxed);
-            let state = state.clone();
-            spawn("keeper", move || keeper::run(pattern, &state));
+            let (state, scrub_s) = (state.clone(), options.scrub_s);
+            spawn("keeper", move || keeper::run(pattern, &state, scrub_s));
         }
         Err(error) => say(&format!("W no memory for the pattern: {error}")),
     }

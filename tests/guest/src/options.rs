@@ -18,6 +18,8 @@ pub struct Options {
     pub gateway: Option<Ipv4Addr>,
     pub pattern: PatternSize,
     pub dirty_pages_per_s: u64,
+    /// In which each page is to be verified once.
+    pub scrub_s: u64,
     pub tick_ms: u64,
     pub burn: Schedule,
     pub work_us: u64,
@@ -33,6 +35,7 @@ impl Default for Options {
             gateway: None,
             pattern: PatternSize::Auto,
             dirty_pages_per_s: 0,
+            scrub_s: 10,
             tick_ms: 100,
             burn: Schedule::idle(),
             work_us: 2000,
@@ -65,6 +68,7 @@ impl Options {
             "pattern" if value == "auto" => self.pattern = PatternSize::Auto,
             "pattern" => self.pattern = PatternSize::Mib(number(value)?),
             "dirty" => self.dirty_pages_per_s = number(value)?,
+            "scrub_s" => self.scrub_s = number(value)?.clamp(1, 3600),
             "tick_ms" => self.tick_ms = number(value)?.clamp(1, 60_000),
             "burn" => self.burn = value.parse()?,
             "work_us" => self.work_us = number(value)?.min(10_000_000),
@@ -106,7 +110,7 @@ mod tests {
     #[test]
     fn reads_every_option() {
         let line = "console=ttyS0 umbra.ip=10.99.0.2/16 umbra.gw=10.99.0.1 umbra.pattern=64 umbra.dirty=1000 \
-                    umbra.tick_ms=50 umbra.burn=0:0.5 umbra.work_us=300 umbra.disk=vda,sda umbra.disk_rate=200";
+                    umbra.tick_ms=50 umbra.burn=0:0.5 umbra.work_us=300 umbra.disk=vda,sda umbra.disk_rate=200 umbra.scrub_s=2";
         let (options, complaints) = Options::parse(line);
         assert!(complaints.is_empty(), "{complaints:?}");
         assert_eq!(
@@ -116,8 +120,13 @@ mod tests {
         assert_eq!(options.gateway, Some(Ipv4Addr::new(10, 99, 0, 1)));
         assert_eq!(options.pattern, PatternSize::Mib(64));
         assert_eq!(
-            (options.dirty_pages_per_s, options.tick_ms, options.work_us),
-            (1000, 50, 300)
+            (
+                options.dirty_pages_per_s,
+                options.tick_ms,
+                options.work_us,
+                options.scrub_s
+            ),
+            (1000, 50, 300, 2)
         );
         assert_eq!(options.burn.share_at(1.0), 0.5);
         assert_eq!(

@@ -53,6 +53,8 @@ struct Book {
     ends: BTreeMap<i32, i64>,
     /// Hosts of the copies that ran in the last look.
     running: Vec<String>,
+    /// Copies whose events are heard.
+    heard: usize,
 }
 
 pub struct Copies {
@@ -112,6 +114,11 @@ impl Copies {
     /// Hosts on which a copy ran at the last look, at most a moment ago.
     pub fn running(&self) -> Vec<String> {
         self.book().running.clone()
+    }
+
+    /// How many copies' events are heard. What one that is not heard yet did before is not known.
+    pub fn heard(&self) -> usize {
+        self.book().heard
     }
 
     /// All STOPs and RESUMEs so far, in the order of their times.
@@ -251,6 +258,7 @@ impl Watcher {
             });
         }
         let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
+        book.heard = self.known.values().filter(|c| c.qmp.is_some()).count();
         book.running = running
             .iter()
             .filter_map(|pid| Some(self.known.get(pid)?.host.clone()))

@@ -114,6 +114,13 @@ impl Host {
         net::remove_tap(&self.ns, tap)
     }
 
+    /// Names of this host's network interfaces.
+    pub fn interfaces(&self) -> Result<Vec<String>> {
+        let text = sys::in_netns(self.ns.fd(), || std::fs::read_to_string("/proc/thread-self/net/dev"))?;
+        let names = text.lines().filter_map(|l| l.split_once(':'));
+        Ok(names.map(|(name, _)| name.trim().to_owned()).collect())
+    }
+
     /// An HTTP request from inside this host.
     pub fn get(&self, to: (Ipv4Addr, u16), path: &str) -> Result<http::Reply> {
         http::request(&self.ns, to, "GET", path, None)

@@ -13,8 +13,9 @@
 //! does not remove (processes, cgroups, folders) is in the [`ledger`] before it exists, and goes on drop, on panic, on
 //! SIGINT and SIGTERM, and at the next lab's start if this process was killed hard.
 //!
-//! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`], [`vm`],
-//! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`], [`copies`] (which QEMU runs a VM),
+//! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`], [`hardware`],
+//! [`sector`], [`vm`], [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`], [`copies`] (which QEMU
+//! runs a VM),
 //! [`pair`] (two hosts, a VM, and orders without an RPS).
 
 pub mod client;
@@ -22,6 +23,7 @@ pub mod copies;
 pub mod cpuset;
 pub mod daemons;
 pub mod disk;
+pub mod hardware;
 pub mod host;
 pub mod http;
 pub mod ledger;
@@ -30,6 +32,7 @@ pub mod pair;
 pub mod process;
 pub mod qmp;
 pub mod sched;
+pub mod sector;
 pub mod swap;
 pub mod sys;
 pub mod udp;

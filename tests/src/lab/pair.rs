@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use umbra_api::order::{OrderKind, Pacing};
 use umbra_api::replica::{Phase, ReplicaStatus, Role, SwitchoverReport};
 use umbra_api::{Epoch, VmId};
@@ -13,7 +14,8 @@ use super::copies::Copies;
 use super::daemons::{Binaries, Replicator};
 use super::host::Host;
 use super::process::{Process, wait_for};
-use super::vm::{self, Console, GuestImage, Vm, VmSpec};
+use super::sys;
+use super::vm::{self, Boots, Console, GuestImage, Vm, VmSpec};
 
 const NEEDED: [&str; 2] = ["umbra", "umbra-replicator"];
 /// TCG on one busy core; none of these is a measurement.
@@ -58,6 +60,27 @@ impl Pair {
             lab,
             epoch: Epoch(0),
         })
+    }
+
+    /// Ends the VM, whatever is left of it, and starts another one on host a.
+    pub fn replace_vm(&mut self, spec: &VmSpec) -> Result<()> {
+        self.at_most_one()?;
+        let id = self.id();
+        for host in &self.lab.hosts {
+            for pid in vm::qemus(host, id) {
+                sys::kill(pid, Signal::SIGKILL)?;
+            }
+        }
+        wait_for("the replicators to clear up behind a dead VM", SETTLE, || {
+            let _ = self.vm.process.exited();
+            let left = self.lab.hosts.iter().any(|h| !vm::qemus(h, id).is_empty());
+            let files = self.ram_files("a")?.len() + self.ram_files("b")?.len();
+            Ok((!left && files == 0).then_some(()))
+        })?;
+        self.vm = Vm::start(self.lab.host("a")?, &GuestImage::find()?, spec)?;
+        self.vm.wait_up(&self.lab.client)?;
+        self.copies = Copies::watch(&self.lab.hosts, spec.id)?;
+        Ok(())
     }
 
     pub fn id(&self) -> VmId {
@@ -220,9 +243,7 @@ impl Pair {
         wait_for("the VM to run on one host", SETTLE, || {
             self.at_most_one()?;
             let now = match self.running_on().as_slice() {
-                [one] => vm::stats(&self.lab.client, self.vm.spec.ip)
-                    .ok()
-                    .map(|s| (one.clone(), s.counter)),
+                [one] => self.counter(one).ok().map(|c| (one.clone(), c)),
                 _ => None,
             };
             let goes_on = matches!((&before, &now), (Some(b), Some(n)) if b.0 == n.0 && b.1 < n.1);
@@ -232,6 +253,20 @@ impl Pair {
             before = now.clone();
             Ok(now.filter(|_| goes_on).map(|n| n.0))
         })
+    }
+
+    /// The guest's counter, which must grow; by its console if the VM that runs on `host` has no network.
+    fn counter(&self, host: &str) -> Result<u64> {
+        match self.vm.spec.boots {
+            Boots::Linux => Ok(vm::stats(&self.lab.client, self.vm.spec.ip)?.counter),
+            Boots::Sector => {
+                let consoles = vm::qemus(self.host(host)?, self.id())
+                    .into_iter()
+                    .filter_map(vm::console_of);
+                let counters = consoles.map(|c| Console::read(&c).last_counter);
+                counters.max().context("it has no console")
+            }
+        }
     }
 
     /// Waits until only one QEMU of the VM is left on both hosts.
@@ -253,13 +288,16 @@ impl Pair {
 
     /// Pattern errors that the guest counts, or that a console told.
     pub fn errors(&self) -> Result<u64> {
-        let stats = vm::stats(&self.lab.client, self.vm.spec.ip)?;
+        let told = match self.vm.spec.boots {
+            Boots::Linux => vm::stats(&self.lab.client, self.vm.spec.ip)?.errors,
+            Boots::Sector => 0,
+        };
         let shadows = self.lab.hosts.iter().flat_map(|h| vm::consoles_below(&h.file("run")));
         let consoles = shadows
             .chain([self.vm.serial.clone()])
             .map(|c| Console::read(&c).errors)
             .max();
-        Ok(stats.errors.max(consoles.unwrap_or(0)))
+        Ok(told.max(consoles.unwrap_or(0)))
     }
 
     /// The guest verifies its whole memory; the number of errors must be 0.

@@ -12,10 +12,11 @@ use umbra_api::VmId;
 
 use super::daemons::target_dir;
 use super::disk::{self, DiskSpec};
+use super::hardware::Hardware;
 use super::host::Host;
 use super::process::{Process, wait_for};
 use super::qmp::Qmp;
-use super::sys;
+use super::{sector, sys};
 
 /// From start to the first HTTP answer; TCG on a busy machine is slow.
 pub const BOOT: Duration = Duration::from_secs(90);
@@ -50,6 +51,14 @@ impl GuestImage {
     }
 }
 
+/// What a guest runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Boots {
+    Linux,
+    /// See [`sector`]: it has no network and only its console tells of it.
+    Sector,
+}
+
 /// What a guest is to be and do.
 #[derive(Clone)]
 pub struct VmSpec {
@@ -64,8 +73,12 @@ pub struct VmSpec {
     pub work_us: u32,
     /// MiB under the self-checking pattern; most of the RAM if `None`. Verifying it costs CPU too.
     pub pattern_mib: Option<u32>,
+    /// Seconds in which the guest is to verify each page of it once.
+    pub scrub_s: u32,
     /// The guest writes a journal on each.
     pub disks: Vec<DiskSpec>,
+    pub hardware: Hardware,
+    pub boots: Boots,
 }
 
 impl VmSpec {
@@ -83,16 +96,25 @@ impl VmSpec {
             dirty: 200,
             work_us: 1000,
             pattern_mib: None,
+            scrub_s: 10,
             disks: Vec::new(),
+            hardware: Hardware::default(),
+            boots: Boots::Linux,
         }
     }
 
+    /// The tap of its first NIC.
     pub fn tap(&self) -> String {
         format!("t-{}", self.name)
     }
 
-    fn mac(&self) -> String {
-        format!("52:54:00:75:6d:{:02x}", self.ip.octets()[3])
+    /// Tap and MAC address of each NIC.
+    fn nics(&self) -> impl Iterator<Item = (String, String)> {
+        (0..self.hardware.nics).map(|n| {
+            let mac = format!("52:54:00:75:{:02x}:{:02x}", 0x6d + n, self.ip.octets()[3]);
+            let tap = self.tap();
+            (if n == 0 { tap } else { format!("{tap}-{n}") }, mac)
+        })
     }
 
     /// What the guest is told on its kernel's command line.
@@ -104,15 +126,14 @@ impl VmSpec {
         };
         format!(
             "console=ttyS0 quiet panic=-1 umbra.ip={}/24 umbra.pattern={pattern} umbra.dirty={} umbra.tick_ms=100 \
-             umbra.work_us={}{disks}",
-            self.ip, self.dirty, self.work_us
+             umbra.work_us={} umbra.scrub_s={}{disks}{}",
+            self.ip,
+            self.dirty,
+            self.work_us,
+            self.scrub_s,
+            self.hardware.kernel_words()
         )
     }
-}
-
-/// `tcg` unless the environment knows better: a `/dev/kvm` that emulates every instruction can't be told from a real one.
-fn accel() -> String {
-    std::env::var("UMBRA_ACCEL").unwrap_or_else(|_| "tcg".into())
 }
 
 /// A running guest.
@@ -134,29 +155,29 @@ impl Vm {
 
     /// The same with more arguments for QEMU.
     pub fn start_with(host: &Host, image: &GuestImage, spec: &VmSpec, more: &[&str]) -> Result<Self> {
-        host.make_tap(&spec.tap())?;
         let file = |kind: &str| host.file(&format!("{}.{kind}", spec.name));
         let (qmp, watch, serial) = (file("qmp"), file("watch"), file("serial"));
         let mut cmd = Command::new(qemu()?);
         cmd.args(["-uuid", &spec.id.to_string()])
             .args(["-name", &format!("{},debug-threads=on", spec.name)])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-M", "q35", "-accel", &accel()])
-            .args(["-m", &spec.mem_mib.to_string(), "-smp", &spec.vcpus.to_string()])
-            .arg("-kernel")
-            .arg(&image.kernel)
-            .arg("-initrd")
-            .arg(&image.initrd)
-            .args(["-append", &spec.append()])
-            .args([
-                "-netdev",
-                &format!("tap,id=n0,ifname={},script=no,downscript=no", spec.tap()),
-            ])
-            .args([
-                "-device",
-                &format!("virtio-net-pci,netdev=n0,mac={},romfile=", spec.mac()),
-            ])
-            .args(["-serial", &format!("file:{}", serial.display())])
+            .args(spec.hardware.arguments(host, &spec.name, spec.mem_mib)?)
+            .args(["-smp", &spec.vcpus.to_string()]);
+        match spec.boots {
+            Boots::Sector => cmd.args(sector::arguments(host)?),
+            Boots::Linux => cmd
+                .arg("-kernel")
+                .arg(&image.kernel)
+                .arg("-initrd")
+                .arg(&image.initrd)
+                .args(["-append", &spec.append()]),
+        };
+        for (n, (tap, mac)) in spec.nics().enumerate() {
+            host.make_tap(&tap)?;
+            cmd.args(["-netdev", &format!("tap,id=n{n},ifname={tap},script=no,downscript=no")])
+                .args(["-device", &format!("virtio-net-pci,netdev=n{n},mac={mac},romfile=")]);
+        }
+        cmd.args(["-serial", &format!("file:{}", serial.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", watch.display())])
             .args(more);
@@ -171,13 +192,17 @@ impl Vm {
         })
     }
 
-    /// Waits until the guest answers HTTP to `from`.
+    /// Waits until the guest answers HTTP to `from`, or counts on its console.
     pub fn wait_up(&mut self, from: &Host) -> Result<()> {
-        let (name, ip) = (self.spec.name.clone(), self.spec.ip);
-        let process = &mut self.process;
+        let (name, ip, boots) = (self.spec.name.clone(), self.spec.ip, self.spec.boots);
+        let (process, serial) = (&mut self.process, &self.serial);
         let up = wait_for(&format!("guest {name} to boot"), BOOT, || {
             process.check()?;
-            Ok(stats(from, ip).ok().filter(|s| s.pattern_pages > 0).map(|_| ()))
+            let up = match boots {
+                Boots::Linux => stats(from, ip).is_ok_and(|s| s.pattern_pages > 0),
+                Boots::Sector => Console::read(serial).last_counter > 0,
+            };
+            Ok(up.then_some(()))
         });
         up.with_context(|| format!("its console says: {}", tail(&self.serial)))
     }
@@ -263,7 +288,7 @@ impl Console {
         Self::of(&String::from_utf8_lossy(&std::fs::read(serial).unwrap_or_default()))
     }
 
-    fn of(text: &str) -> Self {
+    pub fn of(text: &str) -> Self {
         let mut console = Self::default();
         let mut before = None;
         for line in text.lines() {
@@ -293,6 +318,12 @@ impl Console {
 pub fn option(cmdline: &[String], name: &str, n: usize) -> Option<String> {
     let at = cmdline.iter().enumerate().filter(|(_, a)| *a == name).nth(n)?.0;
     cmdline.get(at + 1).cloned()
+}
+
+/// The serial console of a running QEMU, as its command line names it.
+pub fn console_of(pid: i32) -> Option<PathBuf> {
+    let serial = option(&sys::cmdline(pid), "-serial", 0)?;
+    serial.strip_prefix("file:").map(PathBuf::from)
 }
 
 /// QEMU processes of this VM in a host, primary or shadow.
