@@ -29,6 +29,7 @@ use crate::target;
 use crate::target::feed::Feed;
 use crate::target::machine::{Durable as TargetDurable, Input as TargetInput};
 use crate::target::session::Reply;
+use crate::urgent::Crew;
 
 const QMP_TIMEOUT: Duration = Duration::from_secs(3);
 /// A primary that is told to quit writes nothing, so it is quick.
@@ -40,6 +41,8 @@ pub struct Core {
     pub config: Config,
     security: RwLock<Security>,
     pub throttle: Throttle,
+    /// Threads that carry disks of shadows, by session.
+    pub crew: Crew,
     pub journal: Journal,
 }
 
@@ -93,6 +96,7 @@ impl Engine {
             config,
             security: RwLock::new(security),
             throttle,
+            crew: Crew::default(),
             journal,
         });
         let engine = Self {
@@ -126,6 +130,11 @@ impl Engine {
         *self.core.security.write().unwrap_or_else(PoisonError::into_inner) = security;
         self.set_limits(config.limits());
         Ok(())
+    }
+
+    /// Threads that carry disks of shadows, by session.
+    pub fn crew(&self) -> &Crew {
+        &self.core.crew
     }
 
     pub fn silence(&self) -> Duration {

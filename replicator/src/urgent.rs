@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use nix::libc;
 
@@ -42,6 +43,37 @@ impl Drop for Urgent {
             // It may have ended.
             let _ = set(*thread, libc::SCHED_OTHER);
         }
+    }
+}
+
+/// Threads of this process that carry for others, by what they carry for: who hastens it must find them.
+#[derive(Debug, Default)]
+pub struct Crew(Mutex<Vec<(u64, i32)>>);
+
+/// The calling thread's entry in a [`Crew`].
+#[derive(Debug)]
+pub struct Member<'a> {
+    crew: &'a Crew,
+    entry: (u64, i32),
+}
+
+impl Crew {
+    pub fn enter(&self, what: u64) -> Member<'_> {
+        let entry = (what, nix::unistd::gettid().as_raw());
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+        Member { crew: self, entry }
+    }
+
+    pub fn of(&self, what: u64) -> Vec<i32> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().filter(|(w, _)| *w == what).map(|(_, t)| *t).collect()
+    }
+}
+
+impl Drop for Member<'_> {
+    fn drop(&mut self) {
+        let mut all = self.crew.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|e| *e != self.entry);
     }
 }
 
@@ -88,6 +120,16 @@ fn set(thread: i32, policy: i32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_crew_knows_who_is_at_work() {
+        let crew = Crew::default();
+        let here = nix::unistd::gettid().as_raw();
+        let member = crew.enter(7);
+        assert_eq!((crew.of(7), crew.of(8)), (vec![here], vec![]));
+        drop(member);
+        assert!(crew.of(7).is_empty());
+    }
 
     #[test]
     fn a_thread_is_urgent_until_it_is_dropped() {

@@ -27,6 +27,7 @@ use crate::qmp::{Client, Mark, QmpError};
 use crate::ram::{RamError, RamFile, ShadowRam};
 use crate::stream::StreamError;
 use crate::synth::Synth;
+use crate::urgent;
 
 /// How long a shadow may take to load its device state.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -134,8 +135,12 @@ impl Feed {
             return tell(Input::LinkLost(format!("the disks' daemon does not end: {why}")));
         }
         tell(Input::Streamed);
-        match loaded(&qmp, mark).and_then(|()| activate(&qmp, &record)) {
+        let closed = streamed.elapsed();
+        let load = loaded(&qmp, mark);
+        let load_took = streamed.elapsed();
+        match load.and_then(|()| activate(&qmp, &record)) {
             Ok(()) => {
+                tracing::info!(vm = %record.vm, ?closed, loaded = ?load_took, active = ?streamed.elapsed(), "since the stream's end");
                 let _ = events.send(Event::Loaded {
                     load_us: streamed.elapsed().as_micros() as u64,
                 });
@@ -175,7 +180,15 @@ struct Closing(JoinHandle<io::Result<()>>);
 impl Closing {
     fn begin(record: ShadowRecord) -> io::Result<Self> {
         let thread = std::thread::Builder::new().name("disks-close".into());
-        thread.spawn(move || disks::stop(&record)).map(Self)
+        thread
+            .spawn(move || {
+                urgent::this_thread();
+                let began = Instant::now();
+                let ended = disks::stop(&record);
+                tracing::info!(vm = %record.vm, took = ?began.elapsed(), "the disks' daemon has closed them");
+                ended
+            })
+            .map(Self)
     }
 
     fn wait(self) -> Result<(), String> {

@@ -302,7 +302,15 @@ impl Session {
                 self.tiers.lift();
                 // Its main loop is what loads.
                 let main_loop = self.record.process.filter(|p| p.alive()).map(|p| p.pid);
-                self.urgent = Some(Urgent::new(main_loop.into_iter().chain(self.feeder)));
+                let carriers = self.core.crew.of(self.record.session);
+                // The daemon that writes the disks, with its workers.
+                let daemon = self
+                    .record
+                    .storage
+                    .filter(|p| p.alive())
+                    .map(|p| urgent::threads(p.pid));
+                let others = carriers.into_iter().chain(daemon.unwrap_or_default());
+                self.urgent = Some(Urgent::new(main_loop.into_iter().chain(self.feeder).chain(others)));
                 self.input(Input::Prepare { epoch });
             }
             Message::Commit { epoch } => self.input(Input::Commit { epoch }),

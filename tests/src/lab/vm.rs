@@ -66,6 +66,8 @@ pub struct VmSpec {
     pub pattern_mib: Option<u32>,
     /// The guest writes a journal on each.
     pub disks: Vec<DiskSpec>,
+    /// The folder of its images, if hosts share them; else each host has its own.
+    pub images: Option<PathBuf>,
 }
 
 impl VmSpec {
@@ -84,6 +86,7 @@ impl VmSpec {
             work_us: 1000,
             pattern_mib: None,
             disks: Vec::new(),
+            images: None,
         }
     }
 
@@ -160,7 +163,10 @@ impl Vm {
             .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", watch.display())])
             .args(more);
-        cmd.args(disk::arguments(&spec.disks, |n| image_of(host, &spec.name, n))?);
+        cmd.args(disk::arguments(&spec.disks, |n| match &spec.images {
+            Some(dir) => dir.join(format!("{}-{n}.img", spec.name)),
+            None => image_of(host, &spec.name, n),
+        })?);
         let process = host.spawn(&spec.name, cmd)?;
         Ok(Self {
             spec: spec.clone(),
