@@ -27,6 +27,7 @@ use crate::source;
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
 use crate::target;
 use crate::target::feed::Feed;
+use crate::target::handover::HandOver;
 use crate::target::machine::{Durable as TargetDurable, Input as TargetInput};
 use crate::target::session::Reply;
 use crate::urgent::Crew;
@@ -173,6 +174,7 @@ impl Engine {
                 name: record.name,
                 epoch: t.epoch,
                 peer: t.peer,
+                disks: HandOver::default(),
             };
             entry.target = Some(target::Session::resume(
                 self.core.clone(),
@@ -531,8 +533,9 @@ impl Engine {
                 name: hello.name,
                 epoch,
                 peer: hello.host,
+                disks: HandOver::default(),
             };
-            let peer = plan.peer.clone();
+            let (peer, disks) = (plan.peer.clone(), plan.disks.clone());
             let handle = target::Session::start(self.core.clone(), plan, &shadow, control).map_err(|e| local(&e))?;
             let events = handle.events.clone();
             let feed = Feed {
@@ -543,6 +546,7 @@ impl Engine {
                 mark,
                 events: events.clone(),
                 record: shadow.record.clone(),
+                disks,
             };
             self.feeds
                 .lock()

@@ -77,6 +77,14 @@ impl Drop for Member<'_> {
     }
 }
 
+/// Lets a process that ends with the switchover, however it ends, go first until then, with the threads that it starts meanwhile.
+pub fn to_its_end(pid: i32) {
+    for thread in threads(pid) {
+        // Refused, or gone: it waits like all others.
+        let _ = set_with(thread, libc::SCHED_RR, 0);
+    }
+}
+
 /// After a restart: a QEMU's main loop, which a switchover may have left so.
 pub fn calm(process: ProcessId) {
     if process.alive() && policy(process.pid) == Some(libc::SCHED_RR) {
@@ -100,10 +108,15 @@ fn policy(thread: i32) -> Option<i32> {
 
 /// Threads that it starts meanwhile (a QEMU's workers) are ordinary ones.
 fn set(thread: i32, policy: i32) -> io::Result<()> {
-    let (priority, flag) = match policy {
-        libc::SCHED_RR => (1, libc::SCHED_RESET_ON_FORK),
-        _ => (0, 0),
+    let flag = match policy {
+        libc::SCHED_RR => libc::SCHED_RESET_ON_FORK,
+        _ => 0,
     };
+    set_with(thread, policy, flag)
+}
+
+fn set_with(thread: i32, policy: i32, flag: i32) -> io::Result<()> {
+    let priority = i32::from(policy == libc::SCHED_RR);
     let mut param = std::mem::MaybeUninit::<libc::sched_param>::zeroed();
     // SAFETY: all zeros is a valid sched_param, which is a few numbers.
     let param = unsafe {

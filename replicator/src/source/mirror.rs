@@ -8,6 +8,7 @@
 //! The copy is a background one: a guest's write never waits for the link. Whatever fails ends the job, not the guest.
 
 use std::fs;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -179,7 +180,7 @@ impl Mirrors {
     pub fn cut(&mut self) {
         self.finished = true;
         for mirror in &self.mirrors {
-            let _ = mirror.local.shutdown(std::net::Shutdown::Both);
+            end(&mirror.local);
         }
     }
 
@@ -191,6 +192,13 @@ impl Mirrors {
         self.cut();
         sweep(&self.qmp);
     }
+}
+
+/// Ends a connection with QEMU, and empties it: a QEMU that waits for room in a full socket is not woken by its end.
+fn end(mut local: &UnixStream) {
+    let _ = local.shutdown(std::net::Shutdown::Both);
+    let mut rest = [0; 64 << 10];
+    while local.set_nonblocking(true).is_ok() && matches!(local.read(&mut rest), Ok(1..)) {}
 }
 
 fn failed(disk: &Disk, why: &str) -> Refusal {

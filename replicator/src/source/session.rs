@@ -399,8 +399,15 @@ impl Session {
             Some(Err(e)) => Err(e.into()),
             _ => Ok(()),
         });
-        if let Err(refusal) = went {
-            self.input(Input::Failed(refusal));
+        match (went, self.machine.state.clone()) {
+            (Err(refusal), _) => self.input(Input::Failed(refusal)),
+            // Behind QEMU's word, which more waits for.
+            (Ok(()), State::Stopping { epoch }) => {
+                if let Some(lost) = self.say(&Message::DisksEqual { epoch }) {
+                    self.input(lost);
+                }
+            }
+            _ => {}
         }
     }
 
