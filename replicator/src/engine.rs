@@ -32,8 +32,10 @@ use crate::source;
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
 use crate::target;
 use crate::target::feed::Feed;
+use crate::target::handover::HandOver;
 use crate::target::machine::{Durable as TargetDurable, Input as TargetInput};
 use crate::target::session::Reply;
+use crate::urgent::Crew;
 
 const QMP_TIMEOUT: Duration = Duration::from_secs(3);
 /// A primary that is told to quit writes nothing, so it is quick.
@@ -45,6 +47,8 @@ pub struct Core {
     pub config: Config,
     security: RwLock<Security>,
     pub throttle: Throttle,
+    /// Threads that carry disks of shadows, by session.
+    pub crew: Crew,
     pub journal: Journal,
 }
 
@@ -100,6 +104,7 @@ impl Engine {
             config,
             security: RwLock::new(security),
             throttle,
+            crew: Crew::default(),
             journal,
         });
         let engine = Self {
@@ -135,6 +140,11 @@ impl Engine {
         *self.core.security.write().unwrap_or_else(PoisonError::into_inner) = security;
         self.set_limits(config.limits());
         Ok(())
+    }
+
+    /// Threads that carry disks of shadows, by session.
+    pub fn crew(&self) -> &Crew {
+        &self.core.crew
     }
 
     pub fn silence(&self) -> Duration {
@@ -173,6 +183,7 @@ impl Engine {
                 name: record.name,
                 epoch: t.epoch,
                 peer: t.peer,
+                disks: HandOver::default(),
             };
             entry.target = Some(target::Session::resume(
                 self.core.clone(),
@@ -543,8 +554,9 @@ impl Engine {
                 name: hello.name,
                 epoch,
                 peer: hello.host,
+                disks: HandOver::default(),
             };
-            let peer = plan.peer.clone();
+            let (peer, disks) = (plan.peer.clone(), plan.disks.clone());
             let handle = target::Session::start(self.core.clone(), plan, &shadow, control).map_err(|e| local(&e))?;
             let events = handle.events.clone();
             let feed = Feed {
@@ -555,6 +567,7 @@ impl Engine {
                 mark,
                 events: events.clone(),
                 record: shadow.record.clone(),
+                disks,
             };
             self.feeds
                 .lock()

@@ -1,7 +1,8 @@
 //! The NBD bytes of one disk, between a QEMU's unix socket on this host and a connection of the link, both ways.
 //!
 //! They travel in frames, not raw: a frame costs 16 bytes and a fast checksum, and in return a byte that was hit on the way ends
-//! the copy instead of becoming the guest's data, and whatever the link does beneath its frames is done to disks too.
+//! the copy instead of becoming the guest's data, and whatever the link does beneath its frames is done to disks too: the
+//! bandwidth limit ([`Carrier::sent`]) is one of these things.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -10,12 +11,22 @@ use std::os::unix::net::UnixStream;
 use umbra_api::wire::frame::Kind;
 
 use crate::link::{Closer, FrameReader, FrameWriter, Link, LinkError, ReadHalf, WriteHalf};
+use crate::urgent::Crew;
 
 /// A mirror's largest request is 1 MiB; the kernel's socket buffer gives less at once.
 const PIECE: usize = 256 << 10;
 
+/// Who carries, and what for.
+pub struct Carrier<'a> {
+    /// The threads enter themselves here: a switchover makes them urgent.
+    pub crew: &'a Crew,
+    pub what: u64,
+    /// So many bytes of a disk were sent; it returns when more may be.
+    pub sent: &'a (dyn Fn(usize) + Sync),
+}
+
 /// Carries until either side ends, then ends the other. Blocking.
-pub fn carry(local: UnixStream, link: Link) -> Result<(), String> {
+pub fn carry(local: UnixStream, link: Link, carrier: &Carrier<'_>) -> Result<(), String> {
     let closer = link.closer().map_err(|e| crate::chain(&e))?;
     let Link { reader, writer, .. } = link;
     let ends = Ends {
@@ -25,11 +36,14 @@ pub fn carry(local: UnixStream, link: Link) -> Result<(), String> {
     let from = local.try_clone().map_err(|e| e.to_string())?;
     std::thread::scope(|s| {
         let out = std::thread::Builder::new().name("disk-out".into()).spawn_scoped(s, || {
-            let result = out(from, writer);
+            let _member = carrier.crew.enter(carrier.what);
+            let result = out(from, writer, carrier.sent);
             ends.close();
             result
         });
+        let member = carrier.crew.enter(carrier.what);
         let inward = inward(reader, local);
+        drop(member);
         ends.close();
         let out = out.map_err(|e| e.to_string())?.join();
         // Whichever ended by itself tells more than the one that was ended for it.
@@ -50,7 +64,7 @@ impl Ends {
     }
 }
 
-fn out(mut local: UnixStream, mut link: FrameWriter<WriteHalf>) -> Result<(), String> {
+fn out(mut local: UnixStream, mut link: FrameWriter<WriteHalf>, sent: &(dyn Fn(usize) + Sync)) -> Result<(), String> {
     let mut buffer = vec![0; PIECE];
     loop {
         let n = match local.read(&mut buffer) {
@@ -61,6 +75,7 @@ fn out(mut local: UnixStream, mut link: FrameWriter<WriteHalf>) -> Result<(), St
         };
         link.send(Kind::Disk, buffer.get(..n).unwrap_or_default())
             .map_err(|e| crate::chain(&e))?;
+        sent(n);
     }
 }
 
@@ -80,6 +95,7 @@ fn inward(mut link: FrameReader<ReadHalf>, mut local: UnixStream) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
     use umbra_api::wire::Purpose;
@@ -97,14 +113,37 @@ mod tests {
         let target = std::thread::spawn(move || {
             let (purpose, link) = link::accept(listener.accept().unwrap().0, &Security::Plaintext, patience).unwrap();
             assert_eq!(purpose, Purpose::Disk);
-            carry(far, link)
+            let (crew, sent) = (Crew::default(), |_| {});
+            carry(
+                far,
+                link,
+                &Carrier {
+                    crew: &crew,
+                    what: 0,
+                    sent: &sent,
+                },
+            )
         });
         let source = std::thread::spawn(move || {
             let host = "b".parse().unwrap();
+            let (crew, counted) = (Crew::default(), AtomicUsize::new(0));
+            let sent = |n: usize| {
+                assert!(!crew.of(1).is_empty());
+                counted.fetch_add(n, Ordering::Relaxed);
+            };
+            let link = link::connect(&addr, &host, Purpose::Disk, &Security::Plaintext, patience).unwrap();
             carry(
                 near,
-                link::connect(&addr, &host, Purpose::Disk, &Security::Plaintext, patience).unwrap(),
+                link,
+                &Carrier {
+                    crew: &crew,
+                    what: 1,
+                    sent: &sent,
+                },
             )
+            .unwrap();
+            assert!(crew.of(1).is_empty());
+            counted.into_inner()
         });
         let question: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
         let expected = question.clone();
@@ -120,7 +159,7 @@ mod tests {
         server.write_all(b"done").unwrap();
         asks.join().unwrap();
         // The client is gone: all the rest ends.
-        source.join().unwrap().unwrap();
+        assert_eq!(source.join().unwrap(), expected.len(), "each byte is counted once");
         target.join().unwrap().unwrap();
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
     }

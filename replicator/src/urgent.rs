@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use nix::libc;
 
@@ -45,6 +46,45 @@ impl Drop for Urgent {
     }
 }
 
+/// Threads of this process that carry for others, by what they carry for: who hastens it must find them.
+#[derive(Debug, Default)]
+pub struct Crew(Mutex<Vec<(u64, i32)>>);
+
+/// The calling thread's entry in a [`Crew`].
+#[derive(Debug)]
+pub struct Member<'a> {
+    crew: &'a Crew,
+    entry: (u64, i32),
+}
+
+impl Crew {
+    pub fn enter(&self, what: u64) -> Member<'_> {
+        let entry = (what, nix::unistd::gettid().as_raw());
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+        Member { crew: self, entry }
+    }
+
+    pub fn of(&self, what: u64) -> Vec<i32> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().filter(|(w, _)| *w == what).map(|(_, t)| *t).collect()
+    }
+}
+
+impl Drop for Member<'_> {
+    fn drop(&mut self) {
+        let mut all = self.crew.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|e| *e != self.entry);
+    }
+}
+
+/// Lets a process that ends with the switchover, however it ends, go first until then, with the threads that it starts meanwhile.
+pub fn to_its_end(pid: i32) {
+    for thread in threads(pid) {
+        // Refused, or gone: it waits like all others.
+        let _ = set_with(thread, libc::SCHED_RR, 0);
+    }
+}
+
 /// After a restart: a QEMU's main loop, which a switchover may have left so.
 pub fn calm(process: ProcessId) {
     if process.alive() && policy(process.pid) == Some(libc::SCHED_RR) {
@@ -68,10 +108,15 @@ fn policy(thread: i32) -> Option<i32> {
 
 /// Threads that it starts meanwhile (a QEMU's workers) are ordinary ones.
 fn set(thread: i32, policy: i32) -> io::Result<()> {
-    let (priority, flag) = match policy {
-        libc::SCHED_RR => (1, libc::SCHED_RESET_ON_FORK),
-        _ => (0, 0),
+    let flag = match policy {
+        libc::SCHED_RR => libc::SCHED_RESET_ON_FORK,
+        _ => 0,
     };
+    set_with(thread, policy, flag)
+}
+
+fn set_with(thread: i32, policy: i32, flag: i32) -> io::Result<()> {
+    let priority = i32::from(policy == libc::SCHED_RR);
     let mut param = std::mem::MaybeUninit::<libc::sched_param>::zeroed();
     // SAFETY: all zeros is a valid sched_param, which is a few numbers.
     let param = unsafe {
@@ -88,6 +133,16 @@ fn set(thread: i32, policy: i32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_crew_knows_who_is_at_work() {
+        let crew = Crew::default();
+        let here = nix::unistd::gettid().as_raw();
+        let member = crew.enter(7);
+        assert_eq!((crew.of(7), crew.of(8)), (vec![here], vec![]));
+        drop(member);
+        assert!(crew.of(7).is_empty());
+    }
 
     #[test]
     fn a_thread_is_urgent_until_it_is_dropped() {

@@ -46,6 +46,9 @@ pub struct Options {
     /// Fewer runs
     #[arg(long)]
     quick: bool,
+    /// switchover: with a private disk on virtio-blk
+    #[arg(long)]
+    disk: bool,
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -73,6 +76,12 @@ pub fn run(options: &Options) -> Result<()> {
     }
     if options.quick {
         command.arg("--quick");
+    }
+    if options.disk {
+        if name != "switchover" {
+            bail!("--disk belongs to the benchmark 'switchover'");
+        }
+        command.arg("--disk");
     }
     run::run(&mut command)
 }

@@ -6,6 +6,7 @@
 //!                                  <──     Welcome {session} | Refused
 //!   (opens the ram connection: Attach {session}, and one a private disk: AttachDisk {session, disk})
 //!                                  <──     Seeded, RoundDone …          (acks of the ram connection's marks)
+//!   DisksEqual {epoch}             ──>      (with private disks)
 //!   (device state, StreamEnd on the ram connection)
 //!                                  <──     Prepared {epoch} | Refused
 //!   [durable: relinquished, epoch; then SHUT(0)]
@@ -57,6 +58,10 @@ pub enum Message {
     },
     /// The next stream end is meant: prepare to run under this epoch.
     Prepare {
+        epoch: Epoch,
+    },
+    /// The guest is stopped, and its private disks are equal on both sides: they are the shadow's from here on.
+    DisksEqual {
         epoch: Epoch,
     },
     /// The shadow has loaded its device state, is paused, and that is on the target's disk.

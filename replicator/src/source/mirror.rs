@@ -8,9 +8,11 @@
 //! The copy is a background one: a guest's write never waits for the link. Whatever fails ends the job, not the guest.
 
 use std::fs;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -21,13 +23,16 @@ use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::replica::DiskProgress;
 use umbra_api::wire::control::Disk;
 
+use super::pump::{Shared, hold_back};
 use super::session::Event;
+use crate::engine::Core;
 use crate::launch::disks::export;
 use crate::launch::make_dir;
 use crate::link::Link;
 use crate::proc::ProcessId;
 use crate::qmp::{self, Client};
-use crate::tunnel;
+use crate::tunnel::{self, Carrier};
+use crate::urgent::Crew;
 
 const JOB: &str = "umbra-mirror-";
 const NODE: &str = "umbra-nbd-";
@@ -54,6 +59,7 @@ struct Mirror {
 pub struct Mirrors {
     qmp: Client,
     mirrors: Vec<Mirror>,
+    crew: Arc<Crew>,
     /// Their ends are expected from here on.
     finished: bool,
 }
@@ -63,6 +69,9 @@ pub struct Way<'a> {
     /// For the sockets.
     pub dir: &'a Path,
     pub qemu: ProcessId,
+    /// For the bandwidth limit, which ends with the switchover's hurry.
+    pub core: &'a Arc<Core>,
+    pub pace: &'a Arc<Shared>,
     /// Opens the connection of a disk.
     pub connect: &'a dyn Fn(usize) -> Result<Link, Refusal>,
 }
@@ -73,6 +82,7 @@ impl Mirrors {
         let mut all = Self {
             qmp: qmp.clone(),
             mirrors: Vec::new(),
+            crew: Arc::default(),
             finished: false,
         };
         if disks.is_empty() {
@@ -82,7 +92,7 @@ impl Mirrors {
         sweep(qmp);
         watch(qmp, events.clone());
         for (n, disk) in disks.iter().enumerate() {
-            match mirror(qmp, n, disk, way) {
+            match mirror(qmp, n, disk, way, &all.crew) {
                 Ok(mirror) => all.mirrors.push(mirror),
                 Err(refusal) => {
                     all.undo();
@@ -95,6 +105,11 @@ impl Mirrors {
 
     pub fn is_empty(&self) -> bool {
         self.mirrors.is_empty()
+    }
+
+    /// Threads that a stopped guest waits for.
+    pub fn threads(&self) -> Vec<i32> {
+        self.crew.of(0)
     }
 
     /// Every disk's first copy is complete.
@@ -165,7 +180,7 @@ impl Mirrors {
     pub fn cut(&mut self) {
         self.finished = true;
         for mirror in &self.mirrors {
-            let _ = mirror.local.shutdown(std::net::Shutdown::Both);
+            end(&mirror.local);
         }
     }
 
@@ -179,6 +194,13 @@ impl Mirrors {
     }
 }
 
+/// Ends a connection with QEMU, and empties it: a QEMU that waits for room in a full socket is not woken by its end.
+fn end(mut local: &UnixStream) {
+    let _ = local.shutdown(std::net::Shutdown::Both);
+    let mut rest = [0; 64 << 10];
+    while local.set_nonblocking(true).is_ok() && matches!(local.read(&mut rest), Ok(1..)) {}
+}
+
 fn failed(disk: &Disk, why: &str) -> Refusal {
     Refusal::new(
         RefusalCode::Local,
@@ -186,7 +208,7 @@ fn failed(disk: &Disk, why: &str) -> Refusal {
     )
 }
 
-fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>) -> Result<Mirror, Refusal> {
+fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>, crew: &Arc<Crew>) -> Result<Mirror, Refusal> {
     let local = |what: &str, e: &dyn std::fmt::Display| failed(disk, &format!("{what}: {e}"));
     let link = (way.connect)(n)?;
     let path = way.dir.join(format!("mirror-{}-{n}.sock", way.qemu.pid));
@@ -196,14 +218,21 @@ fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>) -> Result<Mirror, 
     let listener = UnixListener::bind(&path).map_err(|e| local("its socket", &e))?;
     let (hand, handed) = channel();
     let (qemu, shown) = (way.qemu.pid, disk.path.clone());
+    let (core, pace, crew) = (way.core.clone(), way.pace.clone(), crew.clone());
     let serve = move || {
         let stream = match accept(&listener, &path, qemu) {
             Ok(stream) => stream,
             Err(why) => return tracing::warn!(disk = shown, "QEMU's NBD client: {why}"),
         };
         let Ok(other) = stream.try_clone() else { return };
+        let sent = |bytes| hold_back(&core.throttle, &pace, bytes);
+        let carrier = Carrier {
+            crew: &crew,
+            what: 0,
+            sent: &sent,
+        };
         if hand.send(other).is_ok()
-            && let Err(why) = tunnel::carry(stream, link)
+            && let Err(why) = tunnel::carry(stream, link, &carrier)
         {
             tracing::warn!(disk = shown, "the disk's connection ends: {why}");
         }

@@ -257,25 +257,30 @@ impl Out {
     }
 }
 
-/// Sends a batch, then holds back what comes next for as long as the bandwidth limit wants it.
+/// Sends a batch, and holds back what comes next.
 fn send_pages(ram: &mut FrameWriter<WriteHalf>, throttle: &Throttle, shared: &Shared, batch: &[u8]) -> io::Result<()> {
     ram.send(Kind::Pages, batch)
         .map_err(|e| io::Error::other(crate::chain(&e)))?;
+    hold_back(throttle, shared, batch.len());
+    Ok(())
+}
+
+/// These bytes were sent: returns when the bandwidth limit lets more go.
+pub fn hold_back(throttle: &Throttle, shared: &Shared, bytes: usize) {
     if throttle.in_switchover {
-        let mut wait = throttle.spent(batch.len());
+        let mut wait = throttle.spent(bytes);
         while let Some(time) = wait {
             std::thread::sleep(time);
             wait = throttle.due();
         }
-        return Ok(());
+        return;
     }
     // What a switchover sends while the guest stands still is free, for itself and for the others.
-    let mut wait = (!shared.is_hurried()).then(|| throttle.spent(batch.len())).flatten();
+    let mut wait = (!shared.is_hurried()).then(|| throttle.spent(bytes)).flatten();
     while let Some(time) = wait.filter(|_| !shared.is_hurried()) {
         shared.rest(time);
         wait = throttle.due();
     }
-    Ok(())
 }
 
 nix::ioctl_read_bad!(fionread, nix::libc::FIONREAD, nix::libc::c_int);

@@ -280,6 +280,8 @@ impl Session {
         let way = Way {
             dir: &self.core.config.run_dir,
             qemu: plan.process,
+            core: &self.core,
+            pace: &self.pump,
             connect: &|disk| Control::attach_disk(&self.target(), self.times(), session, disk),
         };
         let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
@@ -440,12 +442,21 @@ impl Session {
         let began = Instant::now();
         let equal = self.mirrors.as_mut().map_or(Ok(()), |m| m.finish(deadline));
         self.report.disks_us = began.elapsed().as_micros() as u64;
+        let drained = self.times.stopped.map(|t| began.saturating_duration_since(t));
+        tracing::info!(vm = %self.plan.vm, ?drained, equal = ?began.elapsed(), "the disks of the stopped guest");
         let went = equal.and_then(|()| match self.migration.as_ref().map(Migration::go_on) {
             Some(Err(e)) => Err(e.into()),
             _ => Ok(()),
         });
-        if let Err(refusal) = went {
-            self.input(Input::Failed(refusal));
+        match (went, self.machine.state.clone()) {
+            (Err(refusal), _) => self.input(Input::Failed(refusal)),
+            // Behind QEMU's word, which more waits for.
+            (Ok(()), State::Stopping { epoch }) => {
+                if let Some(lost) = self.say(&Message::DisksEqual { epoch }) {
+                    self.input(lost);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -468,7 +479,12 @@ impl Session {
     fn hasten(&mut self) {
         if let (State::Stopping { .. }, Some(migration)) = (&self.machine.state, &self.migration) {
             let pump = self.pump.thread.load(Ordering::Relaxed);
-            self.urgent = Some(Urgent::new(migration.threads().iter().copied().chain([pump])));
+            let disks = self.mirrors.as_ref().filter(|m| !m.is_empty());
+            // QEMU's disks are written by workers that come and go, and its vCPUs are stopped: all of its threads.
+            let workers = disks.map(|m| (m.threads(), urgent::threads(self.plan.process.pid)));
+            let (carriers, workers) = workers.unwrap_or_default();
+            let own = migration.threads().iter().copied().chain([pump]);
+            self.urgent = Some(Urgent::new(own.chain(carriers).chain(workers)));
         }
     }
 

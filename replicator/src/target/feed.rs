@@ -8,20 +8,20 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::unistd::gettid;
-use serde_json::json;
 use umbra_api::HostId;
 use umbra_api::wire::WireError;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 use umbra_api::wire::setup::StreamSetup;
 
+use super::handover::HandOver;
 use super::machine::Input;
 use super::session::{Event, gone_soon};
 use crate::encode::{ApplyError, Decoder};
-use crate::launch::{ShadowRecord, disks};
+use crate::launch::ShadowRecord;
 use crate::link::{FrameReader, LinkError, ReadHalf};
 use crate::qmp::{Client, Mark, QmpError};
 use crate::ram::{RamError, RamFile, ShadowRam};
@@ -92,8 +92,8 @@ pub struct Feed {
     /// Before the migration began.
     pub mark: Mark,
     pub events: Sender<Event>,
-    /// Has private disks, whose daemon must have closed them before the shadow may have them.
     pub record: ShadowRecord,
+    pub disks: HandOver,
 }
 
 impl Feed {
@@ -104,14 +104,13 @@ impl Feed {
         let _ = events.send(Event::Feeds {
             thread: gettid().as_raw(),
         });
-        let (qmp, mark, record) = (self.qmp.clone(), self.mark, self.record.clone());
+        let (qmp, mark, disks) = (self.qmp.clone(), self.mark, self.disks.clone());
         let mut intake = Intake {
             feed: self,
             decoder: None,
             shadow: None,
             seeded: false,
             finished: false,
-            closing: None,
         };
         let tell = |input| {
             // The driver may be gone: then the session is over, and nobody needs to know.
@@ -129,12 +128,9 @@ impl Feed {
             }
         }
         let streamed = Instant::now();
-        // Closed while the device state came; before 'streamed' leads to 'prepared', it is certain.
-        if let Some(Err(why)) = intake.closing.take().map(Closing::wait) {
-            return tell(Input::LinkLost(format!("the disks' daemon does not end: {why}")));
-        }
         tell(Input::Streamed);
-        match loaded(&qmp, mark).and_then(|()| activate(&qmp, &record)) {
+        // Its disks as well: 'prepared' means that nothing can fail any more.
+        match loaded(&qmp, mark).and_then(|()| disks.wait()) {
             Ok(()) => {
                 let _ = events.send(Event::Loaded {
                     load_us: streamed.elapsed().as_micros() as u64,
@@ -166,24 +162,6 @@ struct Intake {
     seeded: bool,
     /// The end of RAM was fed: only device state may follow.
     finished: bool,
-    closing: Option<Closing>,
-}
-
-/// The end of the daemon that had the disks, which takes its time beside the device state.
-struct Closing(JoinHandle<io::Result<()>>);
-
-impl Closing {
-    fn begin(record: ShadowRecord) -> io::Result<Self> {
-        let thread = std::thread::Builder::new().name("disks-close".into());
-        thread.spawn(move || disks::stop(&record)).map(Self)
-    }
-
-    fn wait(self) -> Result<(), String> {
-        match self.0.join() {
-            Ok(ended) => ended.map_err(|e| e.to_string()),
-            Err(_) => Err("its thread panicked".into()),
-        }
-    }
 }
 
 impl Intake {
@@ -292,28 +270,15 @@ impl Intake {
         }
         let rest = synth.finish(ram);
         self.finished = true;
-        // The source sends device state only when all of its disks' bytes were answered.
-        if !self.feed.record.disks.is_empty() {
-            self.closing = Some(Closing::begin(self.feed.record.clone()).map_err(FeedError::Qemu)?);
-        }
+        // The source sends device state only when all of its disks' bytes were answered. It has said so, but that may still be on its way.
+        let begun = self.feed.disks.begin(&self.feed.record, &self.feed.qmp);
+        begun.map_err(FeedError::Qemu)?;
         self.write(&rest)
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), FeedError> {
         let mut qemu = File::from(self.feed.incoming.try_clone().map_err(FeedError::Qemu)?);
         qemu.write_all(bytes).map_err(FeedError::Qemu)
-    }
-}
-
-/// Makes the images the shadow's, so that a 'prepared' one can't fail to get them at `cont`. Before QEMU 10 `cont` does it.
-fn activate(qmp: &Client, record: &ShadowRecord) -> Result<(), String> {
-    if record.disks.is_empty() {
-        return Ok(());
-    }
-    match qmp.execute("blockdev-set-active", json!({"active": true})) {
-        Ok(_) => Ok(()),
-        Err(QmpError::Qemu { class, .. }) if class == "CommandNotFound" => Ok(()),
-        Err(e) => Err(format!("the shadow can't have its disks: {e}")),
     }
 }
 

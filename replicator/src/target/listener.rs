@@ -15,7 +15,7 @@ use umbra_api::wire::control::Message;
 use super::session::{Event, Reply};
 use crate::engine::{Engine, Hello};
 use crate::link::{self, FrameReader, Identity, Link, LinkError, ReadHalf};
-use crate::tunnel;
+use crate::tunnel::{self, Carrier};
 
 /// A stranger that connects and says nothing is not waited for.
 const FIRST_WORD: Duration = Duration::from_secs(5);
@@ -228,11 +228,17 @@ fn disk(engine: &Arc<Engine>, link: Link, first: &Message) {
         Ok(path) => path,
         Err(why) => return tracing::warn!(peer, session, disk, "{why}"),
     };
+    // Answers are small: the source has the limit.
+    let carrier = Carrier {
+        crew: engine.crew(),
+        what: session,
+        sent: &|_| {},
+    };
     let carried = link
         .set_timeouts(None, Some(engine.silence()))
         .map_err(|e| crate::chain(&e))
         .and_then(|()| UnixStream::connect(&path).map_err(|e| format!("{}: {e}", path.display())))
-        .and_then(|daemon| tunnel::carry(daemon, link));
+        .and_then(|daemon| tunnel::carry(daemon, link, &carrier));
     match carried {
         Ok(()) => tracing::debug!(peer, session, disk, "the disk's connection ended"),
         Err(why) => tracing::warn!(peer, session, disk, "the disk's connection ends: {why}"),

@@ -12,6 +12,7 @@ use umbra_api::wire::control::Message;
 use umbra_api::wire::frame::RoundEnd;
 use umbra_api::{Epoch, HostId, VmId};
 
+use super::handover::{HandOver, Syncer};
 use super::machine::{self, Action, Durable, Input, Machine, State};
 use super::tiers::Tiers;
 use crate::engine::{Core, unix_ms};
@@ -104,6 +105,7 @@ pub struct Plan {
     pub name: String,
     pub epoch: Epoch,
     pub peer: HostId,
+    pub disks: HandOver,
 }
 
 pub struct Session {
@@ -118,6 +120,9 @@ pub struct Session {
     control: Option<Reply>,
     feeder: Option<i32>,
     tiers: Tiers,
+    disks: HandOver,
+    /// As long as a daemon writes them.
+    syncer: Option<Syncer>,
     /// Who a stopped guest waits for.
     urgent: Option<Urgent>,
     load_us: u64,
@@ -198,6 +203,8 @@ impl Session {
             });
         }
         let tiers = Tiers::new(&record, core.config.tiers.shares());
+        let disks = plan.disks.clone();
+        let syncer = control.as_ref().and_then(|_| Syncer::start(&record));
         let mut session = Self {
             core,
             plan,
@@ -209,6 +216,8 @@ impl Session {
             control,
             feeder: None,
             tiers,
+            disks,
+            syncer,
             urgent: None,
             load_us: 0,
             resumed: (0, 0),
@@ -303,11 +312,27 @@ impl Session {
         self.control = Some(reply.clone());
         match message {
             Message::Prepare { epoch } => {
+                if let Some(syncer) = &self.syncer {
+                    syncer.now();
+                }
                 self.tiers.lift();
                 // Its main loop is what loads.
                 let main_loop = self.record.process.filter(|p| p.alive()).map(|p| p.pid);
-                self.urgent = Some(Urgent::new(main_loop.into_iter().chain(self.feeder)));
+                let carriers = self.core.crew.of(self.record.session);
+                if let Some(daemon) = self.record.storage.filter(|p| p.alive()) {
+                    urgent::to_its_end(daemon.pid);
+                }
+                let threads = main_loop.into_iter().chain(self.feeder).chain(carriers);
+                self.urgent = Some(Urgent::new(threads));
                 self.input(Input::Prepare { epoch });
+            }
+            Message::DisksEqual { .. } => {
+                self.syncer = None;
+                let begun = self.qmp.as_ref().map(|qmp| self.disks.begin(&self.record, qmp));
+                if let Some(Err(e)) = begun {
+                    // The feeder tries again.
+                    tracing::warn!(vm = %self.plan.vm, "handing the disks over: {e}");
+                }
             }
             Message::Commit { epoch } => self.input(Input::Commit { epoch }),
             Message::Abort { epoch } => self.input(Input::Abort { epoch }),
@@ -443,6 +468,7 @@ impl Session {
     fn discard(&mut self) {
         self.qmp = None;
         self.tiers.end();
+        self.syncer = None;
         let images = if self.ran { Images::Keep } else { Images::Remove };
         match launch::discard(&self.record, images) {
             Ok(()) => {

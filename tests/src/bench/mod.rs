@@ -29,6 +29,8 @@ pub struct Options {
     pub quick: bool,
     /// Without the peer.
     pub alone: bool,
+    /// With a disk, where that makes a difference.
+    pub disk: bool,
     /// Only these cases; all if empty.
     pub cases: Vec<String>,
 }

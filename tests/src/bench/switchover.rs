@@ -2,6 +2,9 @@
 //!
 //! Two hosts of one core each; two equal VMs under the same load, of which only the one runs that hops: ours by our
 //! replicators, stock by QEMU's own `migrate`, plain and with multifd, in turns.
+//!
+//! With `--disk` both write a journal on a virtio-blk disk, each record with `fdatasync`. Ours has an image a host, which is mirrored;
+//! stock has its easiest case, one image that both hosts share, so that no disk has to move.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,6 +18,7 @@ use super::probe::Seen;
 use super::rows::{Row, median, percentile};
 use super::stock::Stock;
 use crate::lab::daemons::{Binaries, target_dir};
+use crate::lab::disk::{Bus, DiskSpec};
 use crate::lab::vm::VmSpec;
 
 /// Before the command, until the prober is seen answering, and after it, until the guest answers again.
@@ -27,6 +31,14 @@ const QUICK_HOPS: usize = 5;
 
 /// Name and MiB. Half of it is in use, and filled with what does not compress.
 const CASES: [(&str, u32); 3] = [("256MiB", 256), ("1GiB", 1024), ("4GiB", 4096)];
+
+/// With a disk, and two vCPUs.
+const DISK_CASES: [(&str, u32); 2] = [("256MiB-disk", 256), ("4GiB-disk", 4096)];
+const DISK: DiskSpec = DiskSpec {
+    bus: Bus::VirtioBlk,
+    format: "qcow2",
+    mib: 64,
+};
 
 /// One change of hosts, in milliseconds by the QEMUs' event times and the prober's clock.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +72,9 @@ const METRICS: [(&str, f64, OfHop); 5] = [
 ];
 
 /// Where the stopped time goes.
-const PARTS: [(&str, OfReport); 6] = [
-    ("last pass", |r| r.last_pass_us),
+const PARTS: [(&str, OfReport); 7] = [
+    ("last pass with disks", |r| r.last_pass_us),
+    ("disks", |r| r.disks_us),
     ("device state", |r| r.device_state_us),
     ("load", |r| r.load_us),
     ("relinquish", |r| r.relinquish_us),
@@ -73,15 +86,18 @@ pub fn run(options: &Options) -> Result<Vec<Row>> {
     Binaries::find(&["umbra-replicator"])?;
     let hops = if options.quick { QUICK_HOPS } else { HOPS };
     let mut rows = Vec::new();
-    for (case, mib) in CASES.iter().filter(|(case, _)| options.wants(case)) {
+    let cases: &[(&str, u32)] = if options.disk { &DISK_CASES } else { &CASES };
+    for (case, mib) in cases.iter().filter(|(case, _)| options.wants(case)) {
         rows.extend(measure(case, *mib, hops, options).with_context(|| format!("case {case}"))?);
     }
     Ok(rows)
 }
 
-fn spec(name: &str, n: u8, mib: u32) -> VmSpec {
+fn spec(name: &str, n: u8, mib: u32, disk: bool) -> VmSpec {
     VmSpec {
         mem_mib: mib,
+        vcpus: if disk { 2 } else { 1 },
+        disks: if disk { vec![DISK] } else { Vec::new() },
         dirty: DIRTY,
         work_us: 200,
         pattern_mib: Some(mib / 2),
@@ -90,7 +106,7 @@ fn spec(name: &str, n: u8, mib: u32) -> VmSpec {
 }
 
 fn measure(case: &str, mib: u32, hops: usize, options: &Options) -> Result<Vec<Row>> {
-    let mut ours = Ours::start(&spec("web", 10, mib))?;
+    let mut ours = Ours::start(&spec("web", 10, mib, options.disk))?;
     let measured = hop_in_turns(case, &mut ours, mib, hops, options).and_then(|rows| {
         ours.verify().context("after all hops")?;
         Ok(rows)
@@ -102,10 +118,19 @@ fn measure(case: &str, mib: u32, hops: usize, options: &Options) -> Result<Vec<R
     measured
 }
 
+/// Its hosts share its disks.
+fn peer(ours: &Ours, mib: u32, disk: bool) -> Result<VmSpec> {
+    let images = disk.then(|| ours.pair.host("a")?.folder("shared")).transpose()?;
+    Ok(VmSpec {
+        images,
+        ..spec("peer", 20, mib, disk)
+    })
+}
+
 fn hop_in_turns(case: &str, ours: &mut Ours, mib: u32, hops: usize, options: &Options) -> Result<Vec<Row>> {
     let mut stock = match options.alone {
         true => None,
-        false => Some(Stock::start(&ours.pair.lab, &spec("peer", 20, mib))?),
+        false => Some(Stock::start(&ours.pair.lab, &peer(ours, mib, options.disk)?)?),
     };
     let (mut us, mut reports) = (Vec::new(), Vec::new());
     let mut peers: BTreeMap<&str, Vec<Hop>> = BTreeMap::new();

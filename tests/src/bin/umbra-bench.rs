@@ -48,6 +48,9 @@ struct Run {
     /// Ours only: no figures to compare with
     #[arg(long)]
     alone: bool,
+    /// With a private disk on virtio-blk (switchover)
+    #[arg(long)]
+    disk: bool,
     /// Only this case; may be given several times
     #[arg(long = "case", value_name = "NAME")]
     cases: Vec<String>,
@@ -79,6 +82,7 @@ fn run(name: &str, r: Run) -> anyhow::Result<()> {
             json: r.json,
             quick: r.quick,
             alone: r.alone,
+            disk: r.disk,
             cases: r.cases,
         },
     )

@@ -48,7 +48,10 @@ pub fn arguments(disks: &[DiskSpec], file: impl Fn(usize) -> PathBuf) -> Result<
     }
     for (n, disk) in disks.iter().enumerate() {
         let path = file(n);
-        create(&path, disk.format, disk.mib << 20)?;
+        // Shared ones are there already.
+        if !path.exists() {
+            create(&path, disk.format, disk.mib << 20)?;
+        }
         let path = path.display();
         match disk.bus {
             Bus::VirtioBlk => {

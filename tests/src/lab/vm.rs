@@ -79,6 +79,8 @@ pub struct VmSpec {
     pub disks: Vec<DiskSpec>,
     pub hardware: Hardware,
     pub boots: Boots,
+    /// The folder of its images, if hosts share them; else each host has its own.
+    pub images: Option<PathBuf>,
 }
 
 impl VmSpec {
@@ -100,6 +102,7 @@ impl VmSpec {
             disks: Vec::new(),
             hardware: Hardware::default(),
             boots: Boots::Linux,
+            images: None,
         }
     }
 
@@ -181,7 +184,10 @@ impl Vm {
             .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", watch.display())])
             .args(more);
-        cmd.args(disk::arguments(&spec.disks, |n| image_of(host, &spec.name, n))?);
+        cmd.args(disk::arguments(&spec.disks, |n| match &spec.images {
+            Some(dir) => dir.join(format!("{}-{n}.img", spec.name)),
+            None => image_of(host, &spec.name, n),
+        })?);
         let process = host.spawn(&spec.name, cmd)?;
         Ok(Self {
             spec: spec.clone(),
