@@ -318,6 +318,10 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
             let runs = plan::coldest(&self.heat, &self.resident, want);
             worked += self.page_out(&file, &runs, budget)?;
         }
+        if let Some(file) = self.files.first() {
+            let own = file.window.fetch_own()?;
+            tracing::debug!(vm = %self.vm, pages = own, "QEMU's own memory is back");
+        }
         let complete = !self.interrupted(news);
         if let Some(goal) = &mut self.goal {
             goal.shrunk |= complete;

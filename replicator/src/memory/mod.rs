@@ -7,7 +7,7 @@
 //!                             └────── promoted: hottest first <── MADV_WILLNEED, then a read through QEMU's mapping ──┘
 //! ```
 //! In reading order: [`heat`] (which pages the rounds touch), [`plan`] (which go, which come back; pure), [`window`] (the system calls),
-//! [`pages`] (a file that the feed writes and the keeper shrinks), [`swap`] (whether this host can), [`keeper`] (the thread).
+//! [`own`] (QEMU's own memory, which stays), [`pages`] (a file that the feed writes and the keeper shrinks), [`swap`] (whether this host can), [`keeper`] (the thread).
 //!
 //! Why pages are written through QEMU's mapping: tmpfs charges a page to whoever's address space first touches it, on cgroup v1
 //! and v2 alike, and a thread has no memory cgroup of its own. Why both PAGEOUT and reclaim: the first names the pages, but a page whose
@@ -16,6 +16,7 @@
 pub mod group;
 pub mod heat;
 pub mod keeper;
+pub mod own;
 pub mod pages;
 pub mod plan;
 pub mod swap;

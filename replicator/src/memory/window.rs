@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::libc;
 
+use super::own;
 use super::plan::Run;
 use crate::launch::process::pidfd;
 use crate::proc::ProcessId;
@@ -31,6 +32,7 @@ pub struct Window {
 }
 
 struct Shadow {
+    pid: i32,
     mem: File,
     process: OwnedFd,
     /// Where the file's first byte is in QEMU's address space.
@@ -61,7 +63,12 @@ impl Window {
         }
         Ok(Self {
             map: MmapOptions::new().map_raw_read_only(file)?,
-            shadow: Some(Shadow { mem, process, base }),
+            shadow: Some(Shadow {
+                pid: qemu.pid,
+                mem,
+                process,
+                base,
+            }),
         })
     }
 
@@ -166,6 +173,11 @@ impl Window {
         } else {
             Ok(())
         }
+    }
+
+    /// Reads back what QEMU has in swap beside the guest's RAM, in pages.
+    pub fn fetch_own(&self) -> io::Result<u64> {
+        self.shadow.as_ref().map_or(Ok(0), |s| own::fetch(s.pid, &s.mem))
     }
 
     /// Begins to read pages back from swap. Holes stay holes.
