@@ -121,7 +121,7 @@ impl Feed {
                 Ok(false) => {}
                 Ok(true) => break,
                 // Its pages can't be written, or it takes no more of its stream: not the link's fault.
-                Err(FeedError::Apply(_) | FeedError::Ram(_) | FeedError::Qemu(_)) if gone_soon(&record) => {
+                Err(FeedError::Apply(_) | FeedError::Ram(_) | FeedError::Qemu(_)) if gone_soon(&intake.feed.record) => {
                     return tell(Input::ShadowGone);
                 }
                 Err(e) => return tell(Input::LinkLost(format!("ram connection: {e}"))),
