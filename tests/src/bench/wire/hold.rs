@@ -44,6 +44,7 @@ pub struct Costs {
 
 pub struct Hold<'a> {
     guest: &'a Guest,
+    held: bool,
     socket: UnixStream,
     parser: Parser,
     pacer: Pacer,
@@ -74,7 +75,8 @@ enum Item {
 nix::ioctl_read_bad!(fionread, nix::libc::FIONREAD, nix::libc::c_int);
 
 impl<'a> Hold<'a> {
-    pub fn start(guest: &'a Guest, path: &Path) -> Result<Self> {
+    /// `held`: the guest runs.
+    pub fn start(guest: &'a Guest, path: &Path, held: bool) -> Result<Self> {
         capabilities(&guest.qmp, &["return-path", "switchover-ack"], &[])?;
         let parameters =
             json!({"max-bandwidth": 4u64 << 30, "avail-switchover-bandwidth": 4 << 20, "downtime-limit": 100});
@@ -84,6 +86,7 @@ impl<'a> Hold<'a> {
         guest.qmp.execute("migrate", json!({ "uri": uri }), QMP)?;
         Ok(Self {
             guest,
+            held,
             socket: listener.accept()?.0,
             parser: Parser::new(Limits::default()),
             pacer: Pacer::new(Pacing::default(), Instant::now()),
@@ -116,7 +119,8 @@ impl<'a> Hold<'a> {
                     }
                 }
             }
-            if self.pacer.is_seeding() {
+            // QEMU ends a stopped guest's migration under the lock that its monitor needs: it would wait for us, and we for it.
+            if self.held && self.pacer.is_seeding() {
                 let info = self.guest.qmp.execute("query-migrate", json!({}), QMP)?;
                 let syncs = info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
                 self.pacer.synced(syncs, self.received + self.waiting()?);

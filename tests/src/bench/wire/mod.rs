@@ -78,7 +78,7 @@ fn measure(host: &Host, guest: &Guest, load: &str, window: Duration) -> Result<F
     peers::run(guest, true)?;
     peers::run(guest, false)?;
     let before = cpu::of_process(guest.process.pid())?;
-    let mut whole = Hold::start(guest, &host.file(&format!("{load}-seed.sock")))?;
+    let mut whole = Hold::start(guest, &host.file(&format!("{load}-seed.sock")), false)?;
     whole.round().context("our first copy")?;
     let qemu_s = cpu::of_process(guest.process.pid())? - before;
     let seed = whole.take();
@@ -89,7 +89,7 @@ fn measure(host: &Host, guest: &Guest, load: &str, window: Duration) -> Result<F
         mb(multifd.bytes)
     );
     peers::run(guest, true)?;
-    let mut hold = Hold::start(guest, &host.file(&format!("{load}.sock")))?;
+    let mut hold = Hold::start(guest, &host.file(&format!("{load}.sock")), true)?;
     hold.round()?;
     // Of a running guest: not what is compared.
     hold.take();
