@@ -4,7 +4,7 @@
 //! The VM has a private disk, which a mirror keeps up to date: QEMU pauses with the stopped guest until the copies are equal.
 //!
 //! Checked in each: never two running copies, and never a shadow that runs on a disk which is not the primary's last, or which the
-//! daemon that filled it still has. In each state in which nothing is left to happen: exactly one copy runs.
+//! daemon that filled it still has, and never a primary that comes back although the shadow ran. In each state in which nothing is left to happen: exactly one copy runs.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -76,12 +76,17 @@ struct World {
     /// The daemon has the shadow's image.
     daemon: bool,
     shadow: Shadow,
+    /// It was the VM, however shortly.
+    ran: bool,
+    /// Its replicator died before it had written that down.
+    unrecorded: bool,
     /// The source's connection to the target, with what is on its way.
     link: Option<(VecDeque<ToTarget>, VecDeque<ToSource>)>,
     /// What a side has yet to notice: its driver is one thread, and hears of it when it has carried out what it was about.
     source_lost: bool,
     target_lost: bool,
     primary_news: bool,
+    shadow_news: bool,
     /// A prepared target must be told of an abort by a source that asks again.
     abort_due: bool,
     /// Faults that may still happen.
@@ -89,6 +94,7 @@ struct World {
     cuts: u8,
     timeouts: u8,
     primary_deaths: u8,
+    shadow_deaths: u8,
     load_failures: u8,
     mirror_failures: u8,
 }
@@ -115,15 +121,19 @@ impl World {
             equal: false,
             daemon: true,
             shadow: Shadow::Waits,
+            ran: false,
+            unrecorded: false,
             link: Some((VecDeque::new(), VecDeque::new())),
             source_lost: false,
             target_lost: false,
             primary_news: false,
+            shadow_news: false,
             abort_due: false,
             crashes,
             cuts,
             timeouts: 1,
             primary_deaths: 1,
+            shadow_deaths: 1,
             load_failures: 1,
             mirror_failures: 1,
         }
@@ -171,6 +181,11 @@ impl World {
 
     /// It writes on its own disk from here on.
     fn primary_runs(&mut self) {
+        // The one exception: a host that is gone as a whole within the few milliseconds in which its record is written.
+        assert!(
+            !self.ran || self.unrecorded,
+            "an old primary comes back although the shadow ran"
+        );
         self.primary = Primary::Runs;
         self.equal = false;
     }
@@ -241,8 +256,11 @@ impl World {
                     );
                     assert!(!self.daemon, "a shadow runs on a disk that another process writes");
                     self.shadow = Shadow::Runs;
+                    self.ran = true;
                     self.tell_target(target::Input::Resumed);
                 }
+                // It was killed, and said no RESUME before.
+                Shadow::Gone => self.tell_target(target::Input::ShadowGone),
                 other => panic!("cont of a shadow that is {other:?}"),
             },
             A::Discard => {
@@ -347,6 +365,7 @@ impl World {
                 };
                 let (m, actions) = target::Machine::resume(w.target_disk, PROTECT, shadow);
                 w.target.alive = Some((m, actions.into()));
+                w.shadow_news = false;
             });
         }
         let resolving = self.source_is(|s| matches!(s, source::State::Resolving { .. }));
@@ -436,6 +455,12 @@ impl World {
                 w.tell_source(source::Input::PrimaryGone);
             });
         }
+        if self.shadow_news && self.target_idle() {
+            self.then("target notices that the shadow is gone", out, |w| {
+                w.shadow_news = false;
+                w.tell_target(target::Input::ShadowGone);
+            });
+        }
         if self.shadow == Shadow::Fed && self.target_idle() {
             self.then("shadow loads", out, |w| {
                 w.shadow = Shadow::Loaded;
@@ -473,7 +498,8 @@ impl World {
                 } else if w.shadow == Shadow::Fed {
                     w.shadow = Shadow::Loaded;
                 }
-                w.target_lost = false;
+                w.unrecorded |= w.ran && matches!(w.target_disk, target::Durable::Prepared { .. });
+                (w.target_lost, w.shadow_news) = (false, false);
                 w.source_lost |= w.link.take().is_some() && w.source.alive.is_some();
             });
         }
@@ -487,6 +513,13 @@ impl World {
             self.then("time is up", out, |w| {
                 w.timeouts -= 1;
                 w.tell_source(source::Input::TimedOut);
+            });
+        }
+        if self.shadow_deaths > 0 && matches!(self.shadow, Shadow::Loaded | Shadow::Runs) {
+            self.then("shadow dies", out, |w| {
+                w.shadow_deaths -= 1;
+                w.shadow = Shadow::Gone;
+                w.shadow_news = w.target.alive.is_some();
             });
         }
         if self.primary_deaths > 0 && matches!(self.primary, Primary::Device | Primary::PreSwitchover) {
@@ -514,7 +547,8 @@ fn explore(crashes: u8, cuts: u8) -> usize {
         }
         let steps = w.steps();
         // A primary that died took the VM along; if its shadow was prepared, an operator can run that.
-        let lost = w.primary == Primary::Gone;
+        // One whose shadow ran and died is dead like any other.
+        let lost = w.primary == Primary::Gone || w.ran && w.shadow == Shadow::Gone;
         if steps.is_empty() && w.running() != 1 && !lost {
             panic!(
                 "nothing is left to happen, and {} copies run:\n{}",
@@ -546,6 +580,13 @@ fn way(from: &HashMap<World, Option<(World, &'static str)>>, end: &World) -> Str
 #[test]
 fn one_copy_without_faults() {
     assert!(explore(0, 0) > 20);
+}
+
+#[test]
+fn one_copy_with_a_crash_and_two_cuts() {
+    let states = explore(1, 2);
+    println!("{states} states");
+    assert!(states > 1000);
 }
 
 #[test]

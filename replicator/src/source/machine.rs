@@ -116,6 +116,10 @@ pub enum Durable {
     Aborting {
         epoch: Epoch,
     },
+    /// The target has given up `epoch`: the stopped primary is to run again, and may not do so yet.
+    TakingBack {
+        epoch: Epoch,
+    },
     HandedOver {
         epoch: Epoch,
     },
@@ -197,6 +201,8 @@ impl Machine {
                 ended(restarted()),
                 vec![Action::Write(Durable::Aborting { epoch }), Action::Abort { epoch }],
             ),
+            Durable::TakingBack { epoch } if stopped => (State::TakingBack { epoch }, vec![Action::TakeBack]),
+            Durable::TakingBack { epoch } => (ended(Some(taken_back(epoch))), vec![Action::Write(Durable::Released)]),
             Durable::HandedOver { epoch } => (State::HandedOver { epoch }, Vec::new()),
             Durable::Released | Durable::Retired => (ended(None), Vec::new()),
         };
@@ -373,7 +379,7 @@ impl Machine {
             }
             Input::Aborted { epoch: e } if e == epoch => (
                 Some(State::TakingBack { epoch }),
-                vec![Action::Write(Durable::Released)],
+                vec![Action::Write(Durable::TakingBack { epoch })],
             ),
             Input::LinkLost(_) | Input::Refused(_) | Input::Failed(_) | Input::TimedOut => {
                 (Some(State::Resolving { epoch }), vec![Action::Resolve { epoch }])
@@ -383,14 +389,15 @@ impl Machine {
     }
 
     fn taking_back(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
-        let error = || {
-            let detail =
-                format!("the target aborted epoch {epoch} after the primary had been stopped; the primary was resumed");
-            Some(Refusal::new(RefusalCode::PeerRefused, detail))
-        };
         match input {
-            Input::Written => (None, vec![Action::TakeBack]),
-            Input::TakenBack | Input::PrimaryGone => (Some(State::Ended { error: error() }), Vec::new()),
+            // A disk that does not take it lets no VM stand still: the record before it leads here again.
+            Input::Written | Input::Failed(_) => (None, vec![Action::TakeBack]),
+            Input::TakenBack | Input::PrimaryGone => (
+                Some(State::Ended {
+                    error: Some(taken_back(epoch)),
+                }),
+                vec![Action::Write(Durable::Released)],
+            ),
             _ => (None, Vec::new()),
         }
     }
@@ -420,6 +427,12 @@ impl Default for Machine {
     fn default() -> Self {
         Self::new()
     }
+}
+
+fn taken_back(epoch: Epoch) -> Refusal {
+    let detail =
+        format!("the target aborted epoch {epoch} after the primary had been stopped; the primary was resumed");
+    Refusal::new(RefusalCode::PeerRefused, detail)
 }
 
 fn qemu_says(why: String) -> Refusal {
@@ -535,10 +548,20 @@ mod tests {
         assert_eq!(m.apply(Input::LinkLost("cut".into())), [Action::Resolve { epoch: E }]);
         assert_eq!(m.apply(Input::Aborted { epoch: Epoch(3) }), []);
         assert_eq!(m.apply(Input::Prepared { epoch: E }), [Action::Commit { epoch: E }]);
-        assert_eq!(m.apply(Input::Aborted { epoch: E }), [Action::Write(Durable::Released)]);
+        let taking_back = Durable::TakingBack { epoch: E };
+        assert_eq!(
+            m.apply(Input::Aborted { epoch: E }),
+            [Action::Write(taking_back)],
+            "the primary is stopped still"
+        );
         assert_eq!(m.apply(Input::Written), [Action::TakeBack]);
-        m.apply(Input::TakenBack);
+        assert_eq!(m.apply(Input::TakenBack), [Action::Write(Durable::Released)]);
         assert_eq!(m.phase(), Phase::Released);
+        assert_eq!(Machine::resume(taking_back, true, false).1, [Action::TakeBack]);
+        assert_eq!(
+            Machine::resume(taking_back, false, false).1,
+            [Action::Write(Durable::Released)]
+        );
     }
 
     #[test]

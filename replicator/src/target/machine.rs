@@ -6,12 +6,14 @@
 //!     │                  │                     │                    │                         │                      │ Resumed
 //!     │   lost, goodbye, released, the shadow is gone               │ load failed   Abort(e), │                      v
 //!     v                  v                     v                    v               it is gone│                   Running
-//!  Discarded <───────────┴─────────────────────┘ <────────────── Aborting <───────────────────┘
+//!  Discarded <───────────┴─────────────────────┘ <────────────── Aborting <───────────────────┴───── Resuming: it is gone, and never ran
+//!                                                                Exited <─────────────────────────── Running: it is gone
 //! ```
 //! Rules: 'prepared' is on disk before it is said (it is written while QEMU loads, to keep the disk out of the stopped
 //! time: after a restart it counts only if QEMU says that it has loaded); a prepared shadow neither runs nor goes away by
 //! itself, it waits for its source's word; 'aborted' is on disk before it is said, and then the shadow never runs under
-//! that epoch.
+//! that epoch; a VM that ran here and died is never 'aborted', or its source would bring back a primary that is older than
+//! what the VM has promised since.
 
 use umbra_api::Epoch;
 use umbra_api::order::{Refusal, RefusalCode};
@@ -21,13 +23,33 @@ use umbra_api::replica::Phase;
 pub enum State {
     Seeding,
     Standby,
-    Preparing { epoch: Epoch },
-    Loading { epoch: Epoch, written: bool, loaded: bool },
-    Prepared { epoch: Epoch },
-    Resuming { epoch: Epoch },
-    Running { epoch: Epoch },
-    Aborting { epoch: Epoch },
-    Discarded { error: Option<Refusal> },
+    Preparing {
+        epoch: Epoch,
+    },
+    Loading {
+        epoch: Epoch,
+        written: bool,
+        loaded: bool,
+    },
+    Prepared {
+        epoch: Epoch,
+    },
+    Resuming {
+        epoch: Epoch,
+    },
+    Running {
+        epoch: Epoch,
+    },
+    Aborting {
+        epoch: Epoch,
+    },
+    /// It was the VM, and its QEMU has exited.
+    Exited {
+        epoch: Epoch,
+    },
+    Discarded {
+        error: Option<Refusal>,
+    },
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -75,6 +97,10 @@ pub enum Durable {
         epoch: Epoch,
     },
     Aborted {
+        epoch: Epoch,
+    },
+    /// The VM ran here, and its QEMU has exited.
+    Exited {
         epoch: Epoch,
     },
     Discarded,
@@ -146,10 +172,11 @@ impl Machine {
                 gone("the target's replicator was restarted before the shadow had loaded"),
                 vec![Action::Write(Durable::Aborted { epoch }), Action::Discard],
             ),
-            (Durable::Running { .. }, Shadow::Gone) => (
-                gone("the VM's QEMU has exited"),
-                vec![Action::Write(Durable::Discarded), Action::Discard],
+            (Durable::Running { epoch }, Shadow::Gone) => (
+                State::Exited { epoch },
+                vec![Action::Write(Durable::Exited { epoch }), Action::Discard],
             ),
+            (Durable::Exited { epoch }, _) => (State::Exited { epoch }, vec![Action::Discard]),
             (Durable::Running { epoch }, _) => (State::Running { epoch }, Vec::new()),
             (Durable::Aborted { .. }, _) => (gone("aborted by the source"), vec![Action::Discard]),
         };
@@ -163,7 +190,7 @@ impl Machine {
             State::Preparing { .. } | State::Loading { .. } | State::Aborting { .. } => Phase::Switching,
             State::Prepared { .. } | State::Resuming { .. } => Phase::Prepared,
             State::Running { .. } => Phase::Active,
-            State::Discarded { .. } => Phase::Released,
+            State::Exited { .. } | State::Discarded { .. } => Phase::Released,
         }
     }
 
@@ -192,6 +219,11 @@ impl Machine {
             State::Resuming { epoch } => Self::resuming(*epoch, input),
             State::Running { epoch } => Self::running(*epoch, input),
             State::Aborting { epoch } => Self::aborting(*epoch, input),
+            State::Exited { epoch } => match input {
+                Input::Commit { epoch: e } if e == *epoch => (None, vec![Action::SayRunning { epoch: e }]),
+                Input::Commit { epoch } => (None, vec![Action::SayAborted { epoch }]),
+                _ => (None, Vec::new()),
+            },
             State::Discarded { .. } => match input {
                 Input::Commit { epoch } => (None, vec![Action::SayAborted { epoch }]),
                 _ => (None, Vec::new()),
@@ -203,8 +235,11 @@ impl Machine {
     fn asked(&self, epoch: Epoch, abort: bool) -> (Option<State>, Vec<Action>) {
         match &self.state {
             State::Prepared { epoch: e } if *e == epoch && !abort => (None, vec![Action::SayPrepared { epoch }]),
-            State::Running { epoch: e } if *e == epoch => (None, vec![Action::SayRunning { epoch }]),
-            // It will be said once it runs.
+            State::Running { epoch: e } | State::Exited { epoch: e } if *e == epoch => {
+                (None, vec![Action::SayRunning { epoch }])
+            }
+            // `cont` had no answer: once more.
+            State::Resuming { epoch: e } if *e == epoch && !abort => (None, vec![Action::Resume]),
             State::Resuming { epoch: e } if *e == epoch => (None, Vec::new()),
             // 'Prepared' will be said as soon as it is so.
             State::Loading { epoch: e, .. } if *e == epoch && !abort => (None, Vec::new()),
@@ -311,7 +346,11 @@ impl Machine {
                 Some(State::Running { epoch }),
                 vec![Action::SayRunning { epoch }, Action::Write(Durable::Running { epoch })],
             ),
-            Input::ShadowGone => Self::discard(Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited"))),
+            // It never ran, or 'resumed' would have come first.
+            Input::ShadowGone => (
+                Some(State::Aborting { epoch }),
+                vec![Action::Write(Durable::Aborted { epoch })],
+            ),
             _ => (None, Vec::new()),
         }
     }
@@ -319,7 +358,10 @@ impl Machine {
     fn running(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
         match input {
             Input::Commit { epoch: e } if e == epoch => (None, vec![Action::SayRunning { epoch }]),
-            Input::ShadowGone => Self::discard(Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited"))),
+            Input::ShadowGone => (
+                Some(State::Exited { epoch }),
+                vec![Action::Write(Durable::Exited { epoch }), Action::Discard],
+            ),
             Input::Release => {
                 let detail =
                     format!("the shadow is the VM since epoch {epoch}: it runs, and a release never stops a VM");
@@ -456,6 +498,46 @@ mod tests {
             [Action::Discard, Action::SayAborted { epoch: E }]
         );
         assert_eq!(m.apply(Input::Commit { epoch: E }), [Action::SayAborted { epoch: E }]);
+    }
+
+    #[test]
+    fn a_vm_that_ran_and_died_is_never_aborted() {
+        let mut m = prepared();
+        m.apply(Input::Commit { epoch: E });
+        m.apply(Input::Resumed);
+        assert_eq!(
+            m.apply(Input::ShadowGone),
+            [Action::Write(Durable::Exited { epoch: E }), Action::Discard]
+        );
+        let (restarted, _) = Machine::resume(Durable::Exited { epoch: E }, Epoch(6), Shadow::Gone);
+        let (found, actions) = Machine::resume(Durable::Running { epoch: E }, Epoch(6), Shadow::Gone);
+        assert_eq!(actions, [Action::Write(Durable::Exited { epoch: E }), Action::Discard]);
+        for mut m in [m, restarted, found] {
+            for asked in [
+                Input::Resolve { epoch: E },
+                Input::Commit { epoch: E },
+                Input::Abort { epoch: E },
+            ] {
+                assert_eq!(m.apply(asked), [Action::SayRunning { epoch: E }]);
+            }
+            assert_eq!(m.phase(), Phase::Released);
+        }
+    }
+
+    #[test]
+    fn a_shadow_that_dies_before_it_ran_is_aborted_at_once() {
+        let mut m = prepared();
+        assert_eq!(m.apply(Input::Commit { epoch: E }), [Action::Resume]);
+        // An unanswered `cont` is tried again when the source asks.
+        assert_eq!(m.apply(Input::Resolve { epoch: E }), [Action::Resume]);
+        assert_eq!(
+            m.apply(Input::ShadowGone),
+            [Action::Write(Durable::Aborted { epoch: E })]
+        );
+        assert_eq!(
+            m.apply(Input::Written),
+            [Action::Discard, Action::SayAborted { epoch: E }]
+        );
     }
 
     #[test]

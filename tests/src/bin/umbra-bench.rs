@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use umbra_tests::bench;
+use umbra_tests::{bench, matrix};
 
 /// Measures Umbra beside its peers.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Command {
     Tier(Run),
     /// What measuring costs, beside process-exporter
     Agent(Run),
+    /// Print the crash matrix, which the tests play
+    Faults,
     /// Asks a guest until it is told to end; what the other commands start
     #[command(hide = true)]
     Probe {
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Command::Standby(r) => run("standby", r),
         Command::Tier(r) => run("tier", r),
         Command::Agent(r) => run("agent", r),
+        Command::Faults => faults(),
         Command::Probe { ip, out } => bench::probe::run(ip, &out),
     };
     match done {
@@ -67,6 +70,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn faults() -> anyhow::Result<()> {
+    use std::io::Write;
+    Ok(std::io::stdout().lock().write_all(matrix::markdown().as_bytes())?)
 }
 
 fn run(name: &str, r: Run) -> anyhow::Result<()> {

@@ -15,7 +15,7 @@
 //!
 //! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`], [`vm`],
 //! [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`], [`copies`] (which QEMU runs a VM),
-//! [`pair`] (two hosts, a VM, and orders without an RPS).
+//! [`wire`] (a way to a host that can be cut), [`pair`] (two hosts, a VM, and orders without an RPS).
 
 pub mod client;
 pub mod copies;
@@ -34,6 +34,7 @@ pub mod swap;
 pub mod sys;
 pub mod udp;
 pub mod vm;
+pub mod wire;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -136,6 +137,13 @@ impl Lab {
             }
         }
         Ok(to.to_owned())
+    }
+
+    /// A bridge forgets what it has learned of a port that goes down: here on both ends of a host's uplink.
+    fn forget_addresses(&self, host: &str) -> Result<()> {
+        net::ip(&self.host(host)?.ns, "link set up0 down\nlink set up0 up\n")?;
+        self.set_uplink(host, false)?;
+        self.set_uplink(host, true)
     }
 
     /// Cuts or restores a host's uplink.
