@@ -64,6 +64,8 @@ pub struct Config {
     pub bridges: BTreeMap<String, String>,
     /// The bridge for a NIC whose primary's tap is a port of none.
     pub default_bridge: Option<String>,
+    /// Tests alone: see [`crate::faults`].
+    pub test_faults: Option<PathBuf>,
     #[serde(default)]
     pub tiers: Tiers,
     #[serde(default)]

@@ -23,6 +23,7 @@ mod recover;
 
 use crate::adopt;
 use crate::config::Config;
+use crate::faults::Faults;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
 use crate::launch::{self, Images, ShadowRecord};
 use crate::limits::{Limits, Throttle};
@@ -50,6 +51,7 @@ pub struct Core {
     /// Threads that carry disks of shadows, by session.
     pub crew: Crew,
     pub journal: Journal,
+    pub faults: Faults,
 }
 
 impl Core {
@@ -101,6 +103,7 @@ impl Engine {
         let journal = Journal::open(&config.state_dir)?;
         let throttle = Throttle::new(config.limits(), config.link.bandwidth_in_switchover);
         let core = Arc::new(Core {
+            faults: Faults::new(config.test_faults.clone()),
             config,
             security: RwLock::new(security),
             throttle,
@@ -469,7 +472,9 @@ impl Engine {
         let forget = |r: &mut VmRecord| {
             r.remember(order.id);
             r.epoch = r.epoch.max(order.epoch);
-            if r.target.as_ref().is_some_and(|t| t.shadow.is_none()) {
+            // A VM that ran here and died is not forgotten before the next one comes: its source may ask yet.
+            let over = |t: &TargetRecord| t.shadow.is_none() && !matches!(t.durable, TargetDurable::Exited { .. });
+            if r.target.as_ref().is_some_and(over) {
                 r.target = None;
             }
         };
@@ -616,6 +621,14 @@ impl Engine {
             .get(&vm)
             .and_then(|e| e.target.as_ref())
             .map(|t| t.events.clone())
+    }
+
+    /// There is no session of this VM, and it ran here under `epoch`.
+    pub fn ran(&self, vm: VmId, epoch: Epoch) -> bool {
+        let target = self.core.journal.get(vm).and_then(|r| r.target);
+        target.is_some_and(
+            |t| matches!(t.durable, TargetDurable::Running { epoch: e } | TargetDurable::Exited { epoch: e } if e == epoch),
+        )
     }
 
     /// There is no session of this VM: makes sure that none will ever run it under `epoch`.

@@ -2,13 +2,14 @@
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
 //! [`ram`], [`synth`], [`tap`]), what it costs ([`tier`], [`memory`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`], [`urgent`],
-//! disks by [`tunnel`]), what must not be forgotten ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]).
+//! disks by [`tunnel`]), what must not be forgotten ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]). [`faults`] is for tests.
 
 pub mod adopt;
 pub mod bucket;
 pub mod config;
 pub mod encode;
 pub mod engine;
+pub mod faults;
 pub mod http;
 pub mod journal;
 pub mod launch;

@@ -67,6 +67,12 @@ async fn serve(config: Config, file: PathBuf) -> Result<()> {
     if matches!(security, Security::Plaintext) {
         tracing::warn!("the link is in clear and believes every peer: link.plaintext = true");
     }
+    if let Some(file) = &config.test_faults {
+        tracing::warn!(
+            "this daemon dies when {} says so: test_faults is for tests alone",
+            file.display()
+        );
+    }
     let engine = tokio::task::spawn_blocking(|| Engine::start(config, security)).await??;
     if let Some(link) = link {
         target::listener::listen(engine.clone(), link)?;

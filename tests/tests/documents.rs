@@ -7,10 +7,11 @@ use std::process::{Command, Output};
 
 use umbra_tests::lab::daemons::Binaries;
 
-const DOCUMENTS: [&str; 5] = [
+const DOCUMENTS: [&str; 6] = [
     "README.md",
     "ARCHITECTURE.md",
     "SPECIFICATION.md",
+    "FAULTS.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ];
@@ -162,6 +163,15 @@ fn command_lines_are_understood() {
     }
     std::fs::remove_dir_all(&dir).unwrap();
     assert!(tried >= 10, "only {tried} commands were found");
+}
+
+#[test]
+fn the_crash_matrix_is_the_one_that_is_played() {
+    let (text, table) = (read("FAULTS.md"), umbra_tests::matrix::markdown());
+    assert!(
+        text.contains(&table),
+        "FAULTS.md lacks the table that `cargo xtask faults` prints:\n{table}"
+    );
 }
 
 /// `| `name` | what holds | `file.rs`: `test`, `test`; `file.rs`: … |`

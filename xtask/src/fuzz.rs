@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// The fuzz package's binaries are these, with `fuzz_` before.
-const TARGETS: [&str; 3] = ["stream", "frames", "qmp"];
+const TARGETS: [&str; 4] = ["stream", "frames", "qmp", "adopt"];
 
 /// Largest input: two dozen pages, so that streams of several sections fit.
 const MAX_LEN: usize = 100_000;

@@ -7,6 +7,7 @@ mod cpio;
 mod debian;
 mod demo;
 mod ebpf;
+mod faults;
 mod fuzz;
 mod guest;
 mod run;
@@ -40,6 +41,8 @@ enum Command {
     Check,
     /// Feed libFuzzer's inputs to what Umbra parses: all targets, or one
     Fuzz(FuzzOptions),
+    /// Print what must come of each fault at each step of a switchover: the table that the tests play
+    Faults,
     /// Run one benchmark, ours beside its peer's
     Bench(bench::Options),
 }
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Test => return test::run(),
         Command::Check => return check::run(),
         Command::Fuzz(options) => fuzz::run(options.target.as_deref(), options.seconds),
+        Command::Faults => faults::run(),
         Command::Bench(options) => bench::run(&options),
     };
     // Not by returning the error: that prints a backtrace of this small program, and the cause is in another one.

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::steps::Steps;
-use crate::{build, check, fuzz, run, setup};
+use crate::{build, check, faults, fuzz, run, setup};
 
 /// For each fuzz target: enough to see that it runs and that no old finding came back.
 const FUZZ_SECONDS: u64 = 10;
@@ -23,6 +23,8 @@ pub fn run() -> ExitCode {
                 cargo.args(["--", "--show-output", "--test-threads=1"]),
             )
         });
+        // What was played is worth a look, passed or not.
+        steps.single("the crash matrix", faults::run);
     }
     steps.single("fuzz", || fuzz::run(None, FUZZ_SECONDS));
     steps.finish()

@@ -150,7 +150,7 @@ fn target_facts(t: &TargetRecord, phase: Option<Phase>) -> SideFacts {
     let (decided, epoch) = match t.durable {
         TargetDurable::Admitted | TargetDurable::Shadow => (Decided::Nothing, t.epoch),
         TargetDurable::Prepared { epoch } => (Decided::Ready, epoch),
-        TargetDurable::Running { epoch } => (Decided::Done, epoch),
+        TargetDurable::Running { epoch } | TargetDurable::Exited { epoch } => (Decided::Done, epoch),
         TargetDurable::Aborted { epoch } => (Decided::Over, epoch),
         TargetDurable::Fenced { epoch } => (Decided::Fenced, epoch),
         TargetDurable::Discarded => (Decided::Over, t.epoch),

@@ -141,11 +141,12 @@ pub enum Durable {
     Aborting {
         epoch: Epoch,
     },
-    HandedOver {
+    /// The target has given up `epoch`, and never runs its copy below it: the stopped primary is to run again, and may not do
+    /// so yet.
+    TakingBack {
         epoch: Epoch,
     },
-    /// The target never runs its copy below `epoch`: the stopped primary is told to go on.
-    TakingBack {
+    HandedOver {
         epoch: Epoch,
     },
     /// The copy here must go: the other side has the VM.
@@ -227,10 +228,9 @@ impl Machine {
                 ended(restarted()),
                 vec![Action::Write(Durable::Aborting { epoch }), Action::Abort { epoch }],
             ),
-            Durable::HandedOver { epoch } => (State::HandedOver { epoch }, Vec::new()),
             Durable::TakingBack { epoch } if stopped => (State::TakingBack { epoch }, vec![Action::TakeBack]),
-            // It was told to go on before the restart, or has died since.
-            Durable::TakingBack { .. } => (ended(restarted()), vec![Action::Write(Durable::Released)]),
+            Durable::TakingBack { epoch } => (ended(Some(taken_back(epoch))), vec![Action::Write(Durable::Released)]),
+            Durable::HandedOver { epoch } => (State::HandedOver { epoch }, Vec::new()),
             Durable::Fenced { .. } => (ended(Some(yielded())), vec![Action::Kill]),
             Durable::Released | Durable::Retired => (ended(None), Vec::new()),
         };
@@ -466,15 +466,13 @@ impl Machine {
     }
 
     fn taking_back(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
-        let error = || {
-            let detail =
-                format!("the target gave up epoch {epoch} after the primary had been stopped; the primary was resumed");
-            Some(Refusal::new(RefusalCode::PeerRefused, detail))
-        };
         match input {
-            Input::Written => (None, vec![Action::TakeBack]),
+            // A disk that does not take it lets no VM stand still: the record before it leads here again.
+            Input::Written | Input::Failed(_) => (None, vec![Action::TakeBack]),
             Input::TakenBack | Input::PrimaryGone => (
-                Some(State::Ended { error: error() }),
+                Some(State::Ended {
+                    error: Some(taken_back(epoch)),
+                }),
                 vec![Action::Write(Durable::Released)],
             ),
             _ => (None, Vec::new()),
@@ -506,6 +504,12 @@ impl Default for Machine {
     fn default() -> Self {
         Self::new()
     }
+}
+
+fn taken_back(epoch: Epoch) -> Refusal {
+    let detail =
+        format!("the target aborted epoch {epoch} after the primary had been stopped; the primary was resumed");
+    Refusal::new(RefusalCode::PeerRefused, detail)
 }
 
 fn qemu_says(why: String) -> Refusal {
@@ -627,13 +631,20 @@ mod tests {
         assert_eq!(m.apply(Input::LinkLost("cut".into())), [Action::Resolve { epoch: E }]);
         assert_eq!(m.apply(Input::Aborted { epoch: Epoch(3) }), []);
         assert_eq!(m.apply(Input::Prepared { epoch: E }), [Action::Commit { epoch: E }]);
+        let taking_back = Durable::TakingBack { epoch: E };
         assert_eq!(
             m.apply(Input::Aborted { epoch: E }),
-            [Action::Write(Durable::TakingBack { epoch: E })]
+            [Action::Write(taking_back)],
+            "the primary is stopped still"
         );
         assert_eq!(m.apply(Input::Written), [Action::TakeBack]);
         assert_eq!(m.apply(Input::TakenBack), [Action::Write(Durable::Released)]);
         assert_eq!(m.phase(), Phase::Released);
+        assert_eq!(Machine::resume(taking_back, true, false).1, [Action::TakeBack]);
+        assert_eq!(
+            Machine::resume(taking_back, false, false).1,
+            [Action::Write(Durable::Released)]
+        );
     }
 
     #[test]

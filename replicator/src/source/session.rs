@@ -18,6 +18,7 @@ use super::migration::{Migration, Primary, ask_primary};
 use super::mirror::{self, Mirrors, News, Way};
 use super::pump::{Pump, Shared};
 use crate::engine::{Core, unix_ms};
+use crate::faults::{self, Side};
 use crate::journal::TargetRecord;
 use crate::pacing::{Round, Settings};
 use crate::proc::ProcessId;
@@ -250,6 +251,7 @@ impl Session {
             tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
             self.input(Input::Failed(refusal));
         } else {
+            self.core.faults.after(Side::Source, "open");
             self.publish();
         }
     }
@@ -438,6 +440,7 @@ impl Session {
             let why = "the migration came to its end unasked: somebody stopped the VM";
             return self.input(Input::MigrationFailed(why.into()));
         }
+        self.core.faults.before(Side::Source, "disks");
         let deadline = self.give_up_at.unwrap_or_else(Instant::now);
         let began = Instant::now();
         let equal = self.mirrors.as_mut().map_or(Ok(()), |m| m.finish(deadline));
@@ -448,6 +451,7 @@ impl Session {
             Some(Err(e)) => Err(e.into()),
             _ => Ok(()),
         });
+        self.core.faults.after(Side::Source, "disks");
         match (went, self.machine.state.clone()) {
             (Err(refusal), _) => self.input(Input::Failed(refusal)),
             // Behind QEMU's word, which more waits for.
@@ -557,7 +561,11 @@ impl Session {
         let mut queue = VecDeque::from(actions);
         while let Some(action) = queue.pop_front() {
             tracing::debug!(vm = %self.plan.vm, ?action);
-            if let Some(input) = self.act(action) {
+            let step = faults::source_step(&action);
+            self.core.faults.before(Side::Source, step);
+            let input = self.act(action);
+            self.core.faults.after(Side::Source, step);
+            if let Some(input) = input {
                 queue.extend(self.machine.apply(input));
             }
         }

@@ -150,6 +150,14 @@ fn open(
             // Only the VM's own source may ask: asking decides.
             engine.source_of(vm).as_ref().map_or(Ok(()), proven)?;
             let Some(events) = engine.target_of(vm) else {
+                if engine.ran(vm, epoch) {
+                    reply.send(&Message::Running {
+                        epoch,
+                        resume_unix_us: 0,
+                        resume_us: 0,
+                    });
+                    return Ok(None);
+                }
                 engine.never(vm, epoch)?;
                 reply.send(&Message::Aborted { epoch });
                 return Ok(None);

@@ -6,14 +6,16 @@
 //!     │                  │                     │                    │                         │                      │ Resumed
 //!     │   lost, goodbye, released, the shadow is gone               │ load failed   Abort(e), │                      v
 //!     v                  v                     v                    v               it is gone│                   Running
-//!  Discarded <───────────┴─────────────────────┘ <────────────── Aborting <───────────────────┘
+//!  Discarded <───────────┴─────────────────────┘ <────────────── Aborting <───────────────────┴───── Resuming: it is gone, and never ran
+//!                                                                Exited <─────────────────────────── Running: it is gone
 //! ```
 //! `Fence(e)` from the source takes the way of an abort, from a prepared shadow too; from `Running` only if this host was
 //! declared dead by an operator, and then the running copy is killed (`Fencing`), since the source has the VM.
 //! Rules: 'prepared' is on disk before it is said (it is written while QEMU loads, to keep the disk out of the stopped
 //! time: after a restart it counts only if QEMU says that it has loaded); a prepared shadow neither runs nor goes away by
 //! itself, it waits for its source's word; 'aborted' is on disk before it is said, and then the shadow never runs under
-//! that epoch.
+//! that epoch; a VM that ran here and died is never 'aborted', or its source would bring back a primary that is older than
+//! what the VM has promised since.
 
 use umbra_api::Epoch;
 use umbra_api::order::{Refusal, RefusalCode};
@@ -23,14 +25,36 @@ use umbra_api::replica::Phase;
 pub enum State {
     Seeding,
     Standby,
-    Preparing { epoch: Epoch },
-    Loading { epoch: Epoch, written: bool, loaded: bool },
-    Prepared { epoch: Epoch },
-    Resuming { epoch: Epoch },
-    Running { epoch: Epoch },
-    Aborting { epoch: Epoch },
-    Fencing { epoch: Epoch },
-    Discarded { error: Option<Refusal> },
+    Preparing {
+        epoch: Epoch,
+    },
+    Loading {
+        epoch: Epoch,
+        written: bool,
+        loaded: bool,
+    },
+    Prepared {
+        epoch: Epoch,
+    },
+    Resuming {
+        epoch: Epoch,
+    },
+    Running {
+        epoch: Epoch,
+    },
+    Aborting {
+        epoch: Epoch,
+    },
+    Fencing {
+        epoch: Epoch,
+    },
+    /// It was the VM, and its QEMU has exited.
+    Exited {
+        epoch: Epoch,
+    },
+    Discarded {
+        error: Option<Refusal>,
+    },
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -87,6 +111,10 @@ pub enum Durable {
     },
     /// It ran, and must go: the source has the VM, under `epoch`.
     Fenced {
+        epoch: Epoch,
+    },
+    /// The VM ran here, and its QEMU has exited.
+    Exited {
         epoch: Epoch,
     },
     Discarded,
@@ -162,10 +190,11 @@ impl Machine {
                 gone("the target's replicator was restarted before the shadow had loaded"),
                 vec![Action::Write(Durable::Aborted { epoch }), Action::Discard],
             ),
-            (Durable::Running { .. }, Shadow::Gone) => (
-                gone("the VM's QEMU has exited"),
-                vec![Action::Write(Durable::Discarded), Action::Discard],
+            (Durable::Running { epoch }, Shadow::Gone) => (
+                State::Exited { epoch },
+                vec![Action::Write(Durable::Exited { epoch }), Action::Discard],
             ),
+            (Durable::Exited { epoch }, _) => (State::Exited { epoch }, vec![Action::Discard]),
             (Durable::Running { epoch }, _) => (State::Running { epoch }, Vec::new()),
             (Durable::Fenced { .. }, _) => (gone(FENCED), vec![Action::Kill]),
             (Durable::Aborted { .. }, _) => (gone("aborted by the source"), vec![Action::Discard]),
@@ -181,7 +210,7 @@ impl Machine {
             State::Fencing { .. } => Phase::Switching,
             State::Prepared { .. } | State::Resuming { .. } => Phase::Prepared,
             State::Running { .. } => Phase::Active,
-            State::Discarded { .. } => Phase::Released,
+            State::Exited { .. } | State::Discarded { .. } => Phase::Released,
         }
     }
 
@@ -222,6 +251,11 @@ impl Machine {
                 ),
                 _ => (None, Vec::new()),
             },
+            State::Exited { epoch } => match input {
+                Input::Commit { epoch: e } if e == *epoch => (None, vec![Action::SayRunning { epoch: e }]),
+                Input::Commit { epoch } => (None, vec![Action::SayAborted { epoch }]),
+                _ => (None, Vec::new()),
+            },
             State::Discarded { .. } => match input {
                 Input::Commit { epoch } => (None, vec![Action::SayAborted { epoch }]),
                 _ => (None, Vec::new()),
@@ -233,8 +267,11 @@ impl Machine {
     fn asked(&self, epoch: Epoch, abort: bool) -> (Option<State>, Vec<Action>) {
         match &self.state {
             State::Prepared { epoch: e } if *e == epoch && !abort => (None, vec![Action::SayPrepared { epoch }]),
-            State::Running { epoch: e } if *e == epoch => (None, vec![Action::SayRunning { epoch }]),
-            // It will be said once it runs.
+            State::Running { epoch: e } | State::Exited { epoch: e } if *e == epoch => {
+                (None, vec![Action::SayRunning { epoch }])
+            }
+            // `cont` had no answer: once more.
+            State::Resuming { epoch: e } if *e == epoch && !abort => (None, vec![Action::Resume]),
             State::Resuming { epoch: e } if *e == epoch => (None, Vec::new()),
             // 'Prepared' will be said as soon as it is so.
             State::Loading { epoch: e, .. } if *e == epoch && !abort => (None, Vec::new()),
@@ -269,7 +306,8 @@ impl Machine {
             | State::Loading { epoch, .. }
             | State::Prepared { epoch }
             | State::Resuming { epoch }
-            | State::Running { epoch } => *epoch,
+            | State::Running { epoch }
+            | State::Exited { epoch } => *epoch,
             // Its end is said when it is reached.
             State::Aborting { .. } | State::Fencing { .. } => return (None, Vec::new()),
             State::Discarded { .. } => {
@@ -289,6 +327,15 @@ impl Machine {
             State::Running { .. } => (
                 Some(State::Fencing { epoch: fence }),
                 vec![Action::Write(Durable::Fenced { epoch: fence })],
+            ),
+            State::Exited { .. } => (
+                Some(State::Discarded {
+                    error: Some(Refusal::new(RefusalCode::PeerRefused, FENCED)),
+                }),
+                vec![
+                    Action::Write(Durable::Aborted { epoch: fence }),
+                    Action::SayAborted { epoch: fence },
+                ],
             ),
             _ => (
                 Some(State::Aborting { epoch: fence }),
@@ -377,7 +424,11 @@ impl Machine {
                 Some(State::Running { epoch }),
                 vec![Action::SayRunning { epoch }, Action::Write(Durable::Running { epoch })],
             ),
-            Input::ShadowGone => Self::discard(Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited"))),
+            // It never ran, or 'resumed' would have come first.
+            Input::ShadowGone => (
+                Some(State::Aborting { epoch }),
+                vec![Action::Write(Durable::Aborted { epoch })],
+            ),
             _ => (None, Vec::new()),
         }
     }
@@ -385,7 +436,10 @@ impl Machine {
     fn running(epoch: Epoch, input: Input) -> (Option<State>, Vec<Action>) {
         match input {
             Input::Commit { epoch: e } if e == epoch => (None, vec![Action::SayRunning { epoch }]),
-            Input::ShadowGone => Self::discard(Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited"))),
+            Input::ShadowGone => (
+                Some(State::Exited { epoch }),
+                vec![Action::Write(Durable::Exited { epoch }), Action::Discard],
+            ),
             Input::Release => {
                 let detail =
                     format!("the shadow is the VM since epoch {epoch}: it runs, and a release never stops a VM");
@@ -522,6 +576,46 @@ mod tests {
             [Action::Discard, Action::SayAborted { epoch: E }]
         );
         assert_eq!(m.apply(Input::Commit { epoch: E }), [Action::SayAborted { epoch: E }]);
+    }
+
+    #[test]
+    fn a_vm_that_ran_and_died_is_never_aborted() {
+        let mut m = prepared();
+        m.apply(Input::Commit { epoch: E });
+        m.apply(Input::Resumed);
+        assert_eq!(
+            m.apply(Input::ShadowGone),
+            [Action::Write(Durable::Exited { epoch: E }), Action::Discard]
+        );
+        let (restarted, _) = Machine::resume(Durable::Exited { epoch: E }, Epoch(6), Shadow::Gone);
+        let (found, actions) = Machine::resume(Durable::Running { epoch: E }, Epoch(6), Shadow::Gone);
+        assert_eq!(actions, [Action::Write(Durable::Exited { epoch: E }), Action::Discard]);
+        for mut m in [m, restarted, found] {
+            for asked in [
+                Input::Resolve { epoch: E },
+                Input::Commit { epoch: E },
+                Input::Abort { epoch: E },
+            ] {
+                assert_eq!(m.apply(asked), [Action::SayRunning { epoch: E }]);
+            }
+            assert_eq!(m.phase(), Phase::Released);
+        }
+    }
+
+    #[test]
+    fn a_shadow_that_dies_before_it_ran_is_aborted_at_once() {
+        let mut m = prepared();
+        assert_eq!(m.apply(Input::Commit { epoch: E }), [Action::Resume]);
+        // An unanswered `cont` is tried again when the source asks.
+        assert_eq!(m.apply(Input::Resolve { epoch: E }), [Action::Resume]);
+        assert_eq!(
+            m.apply(Input::ShadowGone),
+            [Action::Write(Durable::Aborted { epoch: E })]
+        );
+        assert_eq!(
+            m.apply(Input::Written),
+            [Action::Discard, Action::SayAborted { epoch: E }]
+        );
     }
 
     #[test]

@@ -16,10 +16,11 @@ use super::handover::{HandOver, Syncer};
 use super::machine::{self, Action, Durable, Input, Machine, State};
 use super::tiers::Tiers;
 use crate::engine::{Core, unix_ms};
+use crate::faults::{self, Side};
 use crate::launch::{self, Images, Shadow, ShadowRecord};
 use crate::link::{FrameWriter, WriteHalf};
 use crate::memory::pages::Pages;
-use crate::qmp::Client;
+use crate::qmp::{Client, Mark};
 use crate::urgent::{self, Urgent};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -130,6 +131,8 @@ pub struct Session {
     left: bool,
     /// The shadow was told to run, or may have been: its disks' images may be the only ones.
     ran: bool,
+    /// Of the events behind the first `cont`.
+    cont: Option<Mark>,
     progress: Progress,
 }
 
@@ -165,7 +168,7 @@ impl Session {
         // 'Prepared' on disk and gone: the commit may have come, and its record not.
         let ran = matches!(
             durable,
-            Durable::Running { .. } | Durable::Prepared { .. } | Durable::Fenced { .. }
+            Durable::Running { .. } | Durable::Exited { .. } | Durable::Prepared { .. } | Durable::Fenced { .. }
         );
         Self::spawn(core, plan, begin, record, qmp, None, ran)
     }
@@ -223,6 +226,7 @@ impl Session {
             resumed: (0, 0),
             left: false,
             ran,
+            cont: None,
             progress: Progress::default(),
         };
         let status = session.status.clone();
@@ -253,10 +257,10 @@ impl Session {
     /// A shadow without a QMP connection is watched by its process.
     fn look(&mut self) {
         if self.qmp.as_ref().is_none_or(Client::is_closed)
-            && !matches!(self.machine.state, State::Discarded { .. })
+            && !matches!(self.machine.state, State::Discarded { .. } | State::Exited { .. })
             && !self.record.alive()
         {
-            self.input(Input::ShadowGone);
+            self.gone();
         }
     }
 
@@ -290,7 +294,7 @@ impl Session {
             }
             Event::QmpClosed => {
                 if !self.record.alive() || gone_soon(&self.record) {
-                    self.input(Input::ShadowGone);
+                    self.gone();
                 }
             }
             Event::Tier { tier, peak } => self.tier(tier, peak),
@@ -302,6 +306,24 @@ impl Session {
             }
             Event::Leave => self.left = true,
         }
+    }
+
+    /// A guest that ran before its QEMU died is told so first: nobody may take it for one that never did.
+    fn gone(&mut self) {
+        if let State::Resuming { .. } = self.machine.state
+            && self.ran_since_cont().is_some()
+        {
+            self.ran = true;
+            self.input(Input::Resumed);
+        }
+        self.input(Input::ShadowGone);
+    }
+
+    /// QEMU says RESUME before the guest's first instruction, so without it the guest did not run, whatever became of `cont`.
+    fn ran_since_cont(&self) -> Option<i64> {
+        let (qmp, mark) = (self.qmp.as_ref()?, self.cont?);
+        qmp.wait(mark, Duration::ZERO, |e| (e.name == "RESUME").then_some(e.unix_us))
+            .ok()
     }
 
     fn said(&mut self, message: Message, reply: Reply) {
@@ -356,7 +378,11 @@ impl Session {
         let mut queue = VecDeque::from(actions);
         while let Some(action) = queue.pop_front() {
             tracing::debug!(vm = %self.plan.vm, ?action);
-            if let Some(input) = self.act(action) {
+            let step = faults::target_step(&action);
+            self.core.faults.before(Side::Target, step);
+            let input = self.act(action);
+            self.core.faults.after(Side::Target, step);
+            if let Some(input) = input {
                 queue.extend(self.machine.apply(input));
             }
         }
@@ -400,12 +426,14 @@ impl Session {
     fn write(&mut self, durable: Durable) -> Option<Input> {
         let error = match &self.machine.state {
             State::Discarded { error } => error.clone(),
+            State::Exited { .. } => Some(exited()),
             _ => None,
         };
         let written = self.core.journal.update(self.plan.vm, |r| {
             if let Durable::Prepared { epoch }
             | Durable::Running { epoch }
             | Durable::Aborted { epoch }
+            | Durable::Exited { epoch }
             | Durable::Fenced { epoch } = durable
             {
                 r.epoch = r.epoch.max(epoch);
@@ -431,19 +459,23 @@ impl Session {
             return Some(Input::ShadowGone);
         };
         self.tiers.lift();
+        // The first one's: an answer that is late is not taken for one that never came.
+        let (mark, started) = (*self.cont.get_or_insert_with(|| qmp.mark()), Instant::now());
+        let resumed = match qmp.execute("cont", Value::Null) {
+            Ok(_) => qmp
+                .wait(mark, RESUME_TIMEOUT, |e| (e.name == "RESUME").then_some(e.unix_us))
+                .unwrap_or_else(|_| unix_ms().0 * 1000),
+            Err(e) => {
+                tracing::error!(vm = %self.plan.vm, "cont: {e}");
+                match self.ran_since_cont() {
+                    Some(at) => at,
+                    None if gone_soon(&self.record) => return Some(Input::ShadowGone),
+                    None => return None,
+                }
+            }
+        };
         self.ran = true;
-        let (mark, started) = (qmp.mark(), Instant::now());
-        if let Err(e) = qmp.execute("cont", Value::Null) {
-            tracing::error!(vm = %self.plan.vm, "cont: {e}");
-            return self
-                .record
-                .alive()
-                .then_some(())
-                .map_or(Some(Input::ShadowGone), |()| None);
-        }
-        let resumed = qmp.wait(mark, RESUME_TIMEOUT, |e| (e.name == "RESUME").then_some(e.unix_us));
-        let resume_us = started.elapsed().as_micros() as u64;
-        self.resumed = (resumed.unwrap_or_else(|_| unix_ms().0 * 1000), resume_us);
+        self.resumed = (resumed, started.elapsed().as_micros() as u64);
         Some(Input::Resumed)
     }
 
@@ -504,6 +536,10 @@ impl Session {
                 self.tiers.runs();
             }
             State::Prepared { epoch } | State::Resuming { epoch } => status.epoch = *epoch,
+            State::Exited { epoch } => {
+                status.epoch = *epoch;
+                status.error = Some(exited());
+            }
             State::Discarded { error } => status.error.clone_from(error),
             _ => {}
         }
@@ -512,6 +548,10 @@ impl Session {
             status.memory = None;
         }
     }
+}
+
+fn exited() -> Refusal {
+    Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited")
 }
 
 pub(super) fn gone_soon(record: &ShadowRecord) -> bool {

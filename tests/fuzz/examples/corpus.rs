@@ -1,4 +1,4 @@
-//! Writes what the fuzzers begin with: `cargo run -p umbra-fuzz --example corpus -- DIR` makes DIR/stream, DIR/frames and DIR/qmp. Good inputs, which random
+//! Writes what the fuzzers begin with: `cargo run -p umbra-fuzz --example corpus -- DIR` makes a folder in DIR for each of them. Good inputs, which random
 //! bytes would take long to find.
 
 use std::error::Error;
@@ -19,7 +19,27 @@ fn main() -> Result<()> {
     let dir: PathBuf = std::env::args_os().nth(1).ok_or("usage: corpus DIR")?.into();
     write(&dir.join("stream"), &streams())?;
     write(&dir.join("frames"), &frames()?)?;
-    write(&dir.join("qmp"), &qmp())
+    write(&dir.join("qmp"), &qmp())?;
+    write(&dir.join("adopt"), &command_lines())
+}
+
+fn command_lines() -> Vec<(u8, Vec<u8>)> {
+    let uuid = "-uuid 6e3a0b3e-6f3d-4a83-9a55-0f6a3d1f2c11";
+    let plain = format!(
+        "/usr/bin/qemu-system-x86_64 {uuid} -name web,debug-threads=on -nodefaults -display none -M q35 -m 256 -smp 1 \
+         -netdev tap,id=n0,ifname=t0,script=no,downscript=no -device virtio-net-pci,netdev=n0,mac=52:54:00:00:99:02 \
+         -drive file=/srv/d0.img,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0 \
+         -serial file:/tmp/web.ser -qmp unix:/tmp/web.qmp,server=on,wait=off"
+    );
+    let json = format!(
+        r#"qemu-system-x86_64 {uuid} -machine pc-q35-10.0,memory-backend=pc.ram -S
+        -object {{"qom-type":"memory-backend-memfd","id":"pc.ram","size":268435456}}
+        -blockdev {{"driver":"file","filename":"/srv/d1.img","node-name":"s0"}} -blockdev {{"driver":"qcow2","node-name":"f0","file":"s0"}}
+        -device {{"driver":"scsi-hd","drive":"f0","id":"d0"}} -netdev {{"type":"tap","fd":"25","id":"n0"}}
+        -chardev socket,id=m,fd=22,server=on,wait=off -mon chardev=m,mode=control -incoming defer"#
+    );
+    let lines = |text: &str| text.split_whitespace().collect::<Vec<_>>().join("\n").into_bytes();
+    vec![(0, lines(&plain)), (10, lines(&json)), (31, lines(&plain))]
 }
 
 /// Each input's first byte says how it is cut or what kind it is.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use umbra_tests::bench;
+use umbra_tests::{bench, matrix};
 
 /// Measures Umbra beside its peers.
 #[derive(Parser)]
@@ -27,6 +27,8 @@ enum Command {
     Agent(Run),
     /// Bytes on the link, beside QEMU's own migration plain and with multifd and zstd
     Wire(Run),
+    /// Print the crash matrix, which the tests play
+    Faults,
     /// Asks a guest until it is told to end; what the other commands start
     #[command(hide = true)]
     Probe {
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Tier(r) => run("tier", r),
         Command::Agent(r) => run("agent", r),
         Command::Wire(r) => run("wire", r),
+        Command::Faults => faults(),
         Command::Probe { ip, out } => bench::probe::run(ip, &out),
     };
     match done {
@@ -73,6 +76,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn faults() -> anyhow::Result<()> {
+    use std::io::Write;
+    Ok(std::io::stdout().lock().write_all(matrix::markdown().as_bytes())?)
 }
 
 fn run(name: &str, r: Run) -> anyhow::Result<()> {

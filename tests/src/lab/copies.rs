@@ -51,6 +51,8 @@ struct Book {
     doubles: Vec<String>,
     /// When a process was found to be gone, by the wall clock.
     ends: BTreeMap<i32, i64>,
+    /// From when on each copy's events are heard, by the wall clock.
+    since: BTreeMap<i32, i64>,
     /// Hosts of the copies that ran in the last look.
     running: Vec<String>,
     /// Copies whose events are heard.
@@ -59,6 +61,7 @@ struct Book {
 
 pub struct Copies {
     stop: Arc<AtomicBool>,
+    search: Arc<AtomicBool>,
     book: Arc<Mutex<Book>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -66,20 +69,21 @@ pub struct Copies {
 impl Copies {
     pub fn watch(hosts: &[Host], id: VmId) -> Result<Self> {
         let (stop, book) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Book::default())));
+        let search = Arc::new(AtomicBool::new(true));
         let mut watcher = Watcher {
             hosts: hosts.to_vec(),
             id,
             known: BTreeMap::new(),
             book: book.clone(),
         };
-        let until = stop.clone();
+        let (until, wanted) = (stop.clone(), search.clone());
         let thread = std::thread::Builder::new().name("copies".into()).spawn(move || {
             let mut next = Instant::now();
             for n in 0u32.. {
                 if until.load(Ordering::Relaxed) {
                     break;
                 }
-                if n.is_multiple_of(SEARCH_EVERY) {
+                if wanted.swap(false, Ordering::Relaxed) || n.is_multiple_of(SEARCH_EVERY) {
                     watcher.discover();
                 }
                 watcher.look();
@@ -89,6 +93,7 @@ impl Copies {
         })?;
         Ok(Self {
             stop,
+            search,
             book,
             thread: Some(thread),
         })
@@ -107,7 +112,7 @@ impl Copies {
     pub fn doubles(&self) -> Vec<String> {
         let book = self.book();
         let mut doubles = book.doubles.clone();
-        doubles.extend(overlaps(&book.turns, &book.ends));
+        doubles.extend(overlaps(&book.turns, &book.since, &book.ends));
         doubles
     }
 
@@ -119,6 +124,15 @@ impl Copies {
     /// How many copies' events are heard. What one that is not heard yet did before is not known.
     pub fn heard(&self) -> usize {
         self.book().heard
+    }
+
+    /// Whether these processes' events are heard; if not, new ones are searched for at the next look.
+    pub fn hears(&self, pids: &[i32]) -> bool {
+        let all = pids.iter().all(|p| self.book().since.contains_key(p));
+        if !all {
+            self.search.store(true, Ordering::Relaxed);
+        }
+        all
     }
 
     /// All STOPs and RESUMEs so far, in the order of their times.
@@ -155,9 +169,9 @@ pub fn switchovers_ms(turns: &[Turn]) -> Vec<f64> {
     found
 }
 
-/// When two copies ran at once, by their events. A copy whose first event is STOP ran before it; one without events is not judged.
-/// `ends`: when a process was found to be gone.
-fn overlaps(turns: &[Turn], ends: &BTreeMap<i32, i64>) -> Vec<String> {
+/// When two copies ran at once, by their events. A copy whose first event is STOP ran before it, as long as its events were heard; one
+/// without events is not judged. `ends`: when a process was found to be gone.
+fn overlaps(turns: &[Turn], since: &BTreeMap<i32, i64>, ends: &BTreeMap<i32, i64>) -> Vec<String> {
     let mut turns = turns.to_vec();
     turns.sort_by_key(|t| t.at_us);
     // Pid, from, to.
@@ -167,7 +181,7 @@ fn overlaps(turns: &[Turn], ends: &BTreeMap<i32, i64>) -> Vec<String> {
         let open = runs.iter_mut().find(|r| r.0 == t.pid && r.2 == i64::MAX);
         match (t.event.as_str(), open) {
             ("STOP", Some(run)) => run.2 = t.at_us,
-            ("STOP", None) if !known => runs.push((t.pid, i64::MIN, t.at_us)),
+            ("STOP", None) if !known => runs.push((t.pid, since.get(&t.pid).copied().unwrap_or(i64::MIN), t.at_us)),
             ("RESUME", None) => runs.push((t.pid, t.at_us, i64::MAX)),
             _ => {}
         }
@@ -208,6 +222,8 @@ struct Copy {
     host: String,
     path: Option<PathBuf>,
     qmp: Option<Qmp>,
+    /// When its events began to be heard.
+    since: Option<i64>,
     reader: Reader,
     last: super::sched::Ran,
     events: usize,
@@ -235,6 +251,9 @@ impl Watcher {
                 running.push(*pid);
             }
             let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
+            if let Some(since) = copy.since {
+                book.since.insert(*pid, since);
+            }
             copy.take_turns(*pid, &mut book.turns);
             if let Ok(sum) = copy.reader.read(*pid) {
                 let (run_ns, wait_ns) = (sum.run_ns - copy.last.run_ns, sum.wait_ns - copy.last.wait_ns);
@@ -285,6 +304,7 @@ impl Watcher {
                         host: host.name.clone(),
                         path: socket.and_then(|s| Some(PathBuf::from(s.strip_prefix("unix:")?.split(',').next()?))),
                         qmp: None,
+                        since: None,
                         reader: Reader::default(),
                         last: super::sched::Ran::default(),
                         events: 0,
@@ -299,6 +319,7 @@ impl Copy {
     fn status(&mut self) -> Option<String> {
         if self.qmp.is_none() {
             self.qmp = Qmp::connect(self.path.as_deref()?, Duration::from_millis(300)).ok();
+            self.since = self.qmp.is_some().then(wall_us);
         }
         self.qmp.as_ref()?.status().ok()
     }
@@ -355,20 +376,27 @@ mod tests {
 
     #[test]
     fn two_at_once_are_found_between_two_looks() {
+        let heard = BTreeMap::new();
         let good = [
             turn(1, "STOP", 10),
             turn(2, "RESUME", 12),
             turn(2, "STOP", 20),
             turn(1, "RESUME", 25),
         ];
-        assert!(overlaps(&good, &BTreeMap::new()).is_empty());
+        assert!(overlaps(&good, &heard, &BTreeMap::new()).is_empty());
         let early = [turn(2, "RESUME", 9), turn(1, "STOP", 10)];
-        assert_eq!(overlaps(&early, &BTreeMap::new()).len(), 1);
+        assert_eq!(overlaps(&early, &heard, &BTreeMap::new()).len(), 1);
         let again = [turn(1, "STOP", 10), turn(2, "RESUME", 12), turn(1, "RESUME", 30)];
-        assert_eq!(overlaps(&again, &BTreeMap::new()).len(), 1);
+        assert_eq!(overlaps(&again, &heard, &BTreeMap::new()).len(), 1);
         assert!(
-            overlaps(&again, &[(2, 29)].into()).is_empty(),
+            overlaps(&again, &heard, &[(2, 29)].into()).is_empty(),
             "the second one was gone by then"
+        );
+        let late = [turn(1, "STOP", 10), turn(2, "STOP", 40)];
+        assert_eq!(overlaps(&late, &heard, &BTreeMap::new()).len(), 1);
+        assert!(
+            overlaps(&late, &[(2, 30)].into(), &BTreeMap::new()).is_empty(),
+            "the second one was found only when it ran already"
         );
     }
 

@@ -38,6 +38,20 @@ pub fn target_dir() -> Result<PathBuf> {
 #[derive(Clone)]
 pub struct Binaries {
     dir: PathBuf,
+    pub settings: Settings,
+}
+
+/// What a test has otherwise in its replicators' configuration.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Settings {
+    /// They do what [`fault_file`] says.
+    pub faults: bool,
+    pub silence_ms: Option<u64>,
+}
+
+/// Where a replicator looks for a fault that a test orders.
+pub fn fault_file(host: &Host) -> PathBuf {
+    host.file("fault")
 }
 
 /// Everything that runs on a machine with Umbra.
@@ -52,7 +66,8 @@ impl Binaries {
                 bail!("{} is missing: cargo xtask build", dir.join(name).display());
             }
         }
-        Ok(Self { dir })
+        let settings = Settings::default();
+        Ok(Self { dir, settings })
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -78,7 +93,7 @@ impl Binaries {
 
     pub fn start_replicator(&self, host: &Host) -> Result<Process> {
         let tls = self.certify(host)?;
-        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host, &tls)?)?;
+        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host, self.settings, &tls)?)?;
         wait_healthy(host, REPLICATOR, &mut replicator)?;
         Ok(replicator)
     }
@@ -145,10 +160,17 @@ fn agent_toml(host: &Host, rps: &Host) -> String {
     )
 }
 
-fn replicator_toml(host: &Host, tables: &str) -> Result<String> {
+fn replicator_toml(host: &Host, settings: Settings, tables: &str) -> Result<String> {
+    let mut more = String::new();
+    if settings.faults {
+        more += &format!("test_faults = \"{}\"\n", fault_file(host).display());
+    }
+    if let Some(ms) = settings.silence_ms {
+        more += &format!("link.silence_ms = {ms}\n");
+    }
     Ok(format!(
         "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\
-         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\ndisk_dir = \"{}\"\n{tables}",
+         ram_dir = \"{}\"\nscope = \"netns\"\ncgroup = \"{}\"\ndisk_dir = \"{}\"\n{more}{tables}",
         host.name,
         host.folder("state")?.display(),
         host.folder("run")?.display(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::ledger::{Ledger, PREFIX};
+use super::ledger::{Item, Ledger, PREFIX};
 use super::net::{self, Netns};
 use super::process::Process;
 use super::{cpuset, http, sys};
@@ -68,6 +68,22 @@ impl Host {
         let path = self.file(name);
         std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(path)
+    }
+
+    /// A folder of this host that is a file system of its own, with room for so much.
+    pub fn mount_small(&self, name: &str, mib: u64) -> Result<()> {
+        let path = self.folder(name)?;
+        self.ledger.making(Item::Mount(path.clone()), || {
+            let size = format!("size={mib}m");
+            nix::mount::mount(
+                Some("tmpfs"),
+                &path,
+                Some("tmpfs"),
+                nix::mount::MsFlags::empty(),
+                Some(size.as_str()),
+            )
+            .with_context(|| format!("mounting {}", path.display()))
+        })
     }
 
     /// A folder on tmpfs for shadows' RAM.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   /run/umbra-lab/lock        held by the lab that runs; labs are serial
-//!   /run/umbra-lab/ID.made     one line a thing: owner, boot, netns, pid, cgroup, dir, swap
+//!   /run/umbra-lab/ID.made     one line a thing: owner, boot, netns, pid, cgroup, mount, dir, swap
 //!   /run/umbra-lab/ID/         sockets, configurations, logs
 //! ```
 //! A teardown reads such a list, whoever wrote it: the owner itself (drop, panic, signal) or the next lab when the owner was
@@ -43,6 +43,8 @@ pub enum Item {
     Netns(u64, u64),
     Pid(i32, u64),
     Cgroup(PathBuf),
+    /// A file system inside of one of the lab's folders.
+    Mount(PathBuf),
     Dir(PathBuf),
     /// A file, and the kernel may have pages in it.
     Swap(PathBuf),
@@ -56,6 +58,7 @@ impl Item {
             Self::Netns(inode, cookie) => format!("netns {inode} {cookie}\n"),
             Self::Pid(pid, start) => format!("pid {pid} {start}\n"),
             Self::Cgroup(path) => format!("cgroup {}\n", path.display()),
+            Self::Mount(path) => format!("mount {}\n", path.display()),
             Self::Dir(path) => format!("dir {}\n", path.display()),
             Self::Swap(path) => format!("swap {}\n", path.display()),
         }
@@ -71,6 +74,7 @@ impl Item {
             "netns" => pair().and_then(|(a, b)| Some(Self::Netns(a.parse().ok()?, b.parse().ok()?))),
             "pid" => pair().and_then(|(a, b)| Some(Self::Pid(a.parse().ok()?, b.parse().ok()?))),
             "cgroup" => ours(rest).map(Self::Cgroup),
+            "mount" => inside(rest).map(Self::Mount),
             "dir" => ours(rest).map(Self::Dir),
             "swap" => ours(rest).map(Self::Swap),
             _ => None,
@@ -84,6 +88,13 @@ fn ours(path: &str) -> Option<PathBuf> {
     let named = path.file_name()?.to_str()?.starts_with(PREFIX);
     let climbs = path.components().any(|c| matches!(c, std::path::Component::ParentDir));
     (named && path.is_absolute() && !climbs).then_some(path)
+}
+
+/// The path, if the folder that it is in is a lab's.
+fn inside(path: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(path);
+    ours(path.parent()?.to_str()?)?;
+    (path.file_name()? != "..").then_some(path)
 }
 
 /// The labs of this process that are up. Whoever makes something holds the lock; the signal thread takes it and never gives it
@@ -323,6 +334,15 @@ fn teardown(list: &Path, items: &[Item]) -> Vec<String> {
         }
     }));
     for item in items {
+        if let Item::Mount(path) = item
+            && let Err(e) = nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH)
+            // It was written down before it was made; no such folder, no mount there.
+            && !matches!(e, nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT)
+        {
+            problems.push(format!("{}: {e}", path.display()));
+        }
+    }
+    for item in items {
         if let Item::Dir(path) = item
             && let Err(e) = fs::remove_dir_all(path)
             && e.kind() != std::io::ErrorKind::NotFound
@@ -413,6 +433,7 @@ mod tests {
             Item::Netns(4026531840, 7),
             Item::Pid(99, 1),
             Item::Cgroup("/sys/fs/cgroup/umbra-lab-1-0-a".into()),
+            Item::Mount("/run/umbra-lab/umbra-lab-1-0/b-disks".into()),
             Item::Dir("/dev/shm/umbra-lab-1-0".into()),
             Item::Swap("/x/target/umbra-lab-1-0-swap".into()),
         ];
@@ -430,6 +451,9 @@ mod tests {
             "dir /x/../umbra-lab-1",
             "cgroup /sys/fs/cgroup",
             "swap /swapfile",
+            "mount /umbra-lab-1",
+            "mount /x/umbra-lab-1/../y",
+            "mount /x/umbra-lab-1/..",
             "pid x 1",
             "",
             "dir",

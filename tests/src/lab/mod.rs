@@ -13,10 +13,10 @@
 //! does not remove (processes, cgroups, folders) is in the [`ledger`] before it exists, and goes on drop, on panic, on
 //! SIGINT and SIGTERM, and at the next lab's start if this process was killed hard.
 //!
-//! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`], [`hardware`],
-//! [`sector`], [`vm`], [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`], [`copies`] (which QEMU
-//! runs a VM),
-//! [`pair`] (two hosts, a VM, and orders without an RPS).
+//! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`],
+//! [`hardware`], [`sector`], [`vm`], [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`],
+//! [`copies`] (which QEMU runs a VM), [`wire`] (a way to a host that can be cut), [`pair`] (two hosts, a VM, and orders without an
+//! RPS).
 
 pub mod client;
 pub mod copies;
@@ -37,6 +37,7 @@ pub mod swap;
 pub mod sys;
 pub mod udp;
 pub mod vm;
+pub mod wire;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -139,6 +140,13 @@ impl Lab {
             }
         }
         Ok(to.to_owned())
+    }
+
+    /// A bridge forgets what it has learned of a port that goes down: here on both ends of a host's uplink.
+    fn forget_addresses(&self, host: &str) -> Result<()> {
+        net::ip(&self.host(host)?.ns, "link set up0 down\nlink set up0 up\n")?;
+        self.set_uplink(host, false)?;
+        self.set_uplink(host, true)
     }
 
     /// Cuts or restores a host's uplink.

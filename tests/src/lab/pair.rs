@@ -1,6 +1,7 @@
 //! Two hosts with a replicator each and one VM: orders are given directly, as an RPS would.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -9,13 +10,12 @@ use umbra_api::order::{OrderKind, Pacing};
 use umbra_api::replica::{Phase, ReplicaStatus, Role, SwitchoverReport};
 use umbra_api::{Epoch, VmId};
 
-use super::Lab;
 use super::copies::Copies;
-use super::daemons::{Binaries, Replicator};
+use super::daemons::{Binaries, Replicator, Settings};
 use super::host::Host;
 use super::process::{Process, wait_for};
-use super::sys;
 use super::vm::{self, Boots, Console, GuestImage, Vm, VmSpec};
+use super::{Lab, sys};
 
 const NEEDED: [&str; 2] = ["umbra", "umbra-replicator"];
 /// TCG on one busy core; none of these is a measurement.
@@ -37,15 +37,24 @@ pub struct Pair {
 impl Pair {
     /// Hosts a and b, the VM runs on a.
     pub fn start(spec: &VmSpec) -> Result<Self> {
-        let mut pair = Self::start_unwatched(spec)?;
+        Self::start_with(spec, Settings::default())
+    }
+
+    pub fn start_with(spec: &VmSpec, settings: Settings) -> Result<Self> {
+        let mut pair = Self::start_plain(spec, settings)?;
         pair.copies = Copies::watch(&pair.lab.hosts, spec.id)?;
         Ok(pair)
     }
 
     /// The same for a measurement, which the watcher of all copies would disturb: `copies` sees nothing.
     pub fn start_unwatched(spec: &VmSpec) -> Result<Self> {
+        Self::start_plain(spec, Settings::default())
+    }
+
+    fn start_plain(spec: &VmSpec, settings: Settings) -> Result<Self> {
         let lab = Lab::new(&["a", "b"])?;
-        let (binaries, image) = (Binaries::find(&NEEDED)?, GuestImage::find()?);
+        let (mut binaries, image) = (Binaries::find(&NEEDED)?, GuestImage::find()?);
+        binaries.settings = settings;
         let mut replicators = BTreeMap::new();
         for host in &lab.hosts {
             replicators.insert(host.name.clone(), binaries.start_replicator(host)?);
@@ -131,9 +140,14 @@ impl Pair {
 
     /// Admits at the target and protects at the source; the first copy is under way then, or has failed.
     pub fn protect(&mut self, from: &str, to: &str) -> Result<()> {
+        let link = self.replicator(to)?.link();
+        self.protect_by(from, to, link)
+    }
+
+    /// The same over another way to the target.
+    pub fn protect_by(&mut self, from: &str, to: &str, link: String) -> Result<()> {
         let epoch = self.next_epoch();
         self.order(to, epoch, OrderKind::Admit { source: from.parse()? })?;
-        let link = self.replicator(to)?.link();
         self.order(
             from,
             epoch,
@@ -223,10 +237,68 @@ impl Pair {
             .with_context(|| format!("no replicator on {host}"))
     }
 
+    /// All images of this VM's disks on a host: those that it was made with, and those that the replicator made.
+    pub fn images(&self, host: &str) -> Result<Vec<PathBuf>> {
+        let host = self.host(host)?;
+        let first = (0..self.vm.spec.disks.len()).map(|n| vm::image_of(host, &self.vm.spec.name, n));
+        let mut found: Vec<PathBuf> = first.filter(|p| p.exists()).collect();
+        for entry in std::fs::read_dir(host.folder("disks")?)? {
+            let path = entry?.path();
+            found.extend(path.extension().is_some_and(|e| e == "img").then_some(path));
+        }
+        Ok(found)
+    }
+
+    /// After the VM has died: a new one of the same name on host a, and replicators that know of none.
+    pub fn renew(&mut self) -> Result<()> {
+        for host in ["a", "b"] {
+            self.kill_replicator(host)?;
+        }
+        let id = self.id();
+        wait_for("the old copies to be gone", SETTLE, || {
+            let left: Vec<i32> = self.lab.hosts.iter().flat_map(|h| vm::qemus(h, id)).collect();
+            for pid in &left {
+                // It may have gone by itself.
+                let _ = sys::kill(*pid, Signal::SIGKILL);
+            }
+            Ok(left.is_empty().then_some(()))
+        })?;
+        for host in &self.lab.hosts {
+            let folders = [host.folder("state")?, host.folder("disks")?, host.ram_folder()?];
+            for entry in folders
+                .iter()
+                .map(std::fs::read_dir)
+                .collect::<std::io::Result<Vec<_>>>()?
+                .into_iter()
+                .flatten()
+            {
+                std::fs::remove_file(entry?.path())?;
+            }
+            // A shadow's taps stay where its replicator could not remove them.
+            let _ = host.remove_tap(&self.vm.spec.tap());
+        }
+        for host in ["a", "b"] {
+            self.restart_replicator(host)?;
+            // The bridges know the VM's address where it was last, and this guest announces itself to nobody.
+            self.lab.forget_addresses(host)?;
+        }
+        let spec = self.vm.spec.clone();
+        self.vm = Vm::start(self.lab.host("a")?, &GuestImage::find()?, &spec)?;
+        self.vm.wait_up(&self.lab.client)
+    }
+
     /// Hosts on which a copy of the VM ran when the watcher last looked. It looks a few times a second: wait for what is expected,
     /// a single answer may be of the moment before.
     pub fn running_on(&self) -> Vec<String> {
         self.copies.running()
+    }
+
+    /// Waits until the watcher hears each copy on a host: from then on nothing that it does is missed.
+    pub fn wait_watched(&self, host: &str) -> Result<()> {
+        wait_for("the watcher to find all copies", SETTLE, || {
+            let pids = vm::qemus(self.host(host)?, self.id());
+            Ok((!pids.is_empty() && self.copies.hears(&pids)).then_some(()))
+        })
     }
 
     /// Waits until no copy runs anywhere.
@@ -269,12 +341,14 @@ impl Pair {
         }
     }
 
-    /// Waits until only one QEMU of the VM is left on both hosts.
+    /// Waits until only one QEMU of the VM is left on both hosts, and no replicator is about to clean up after another.
     pub fn wait_alone(&self) -> Result<()> {
         wait_for("all other copies to be gone", SETTLE, || {
             self.at_most_one()?;
             let count: usize = self.lab.hosts.iter().map(|h| vm::qemus(h, self.id()).len()).sum();
-            Ok((count == 1).then_some(()))
+            // One that is dead tells nothing, and waits for nobody.
+            let busy = |host: &Host| Replicator { host }.replicas().is_ok_and(|r| r.iter().any(waits));
+            Ok((count == 1 && !self.lab.hosts.iter().any(busy)).then_some(()))
         })
     }
 
@@ -310,7 +384,7 @@ impl Pair {
     }
 
     /// What is left of shadows on a host: RAM files and QEMUs that are not the VM that runs.
-    pub fn ram_files(&self, host: &str) -> Result<Vec<std::path::PathBuf>> {
+    pub fn ram_files(&self, host: &str) -> Result<Vec<PathBuf>> {
         let dir = self.lab.host(host)?.ram_folder()?;
         Ok(std::fs::read_dir(dir)?
             .filter_map(|e| Some(e.ok()?.path()))
@@ -319,12 +393,25 @@ impl Pair {
     }
 }
 
+/// A shadow that is still on record as waiting. Its QEMU may be gone by now.
+fn waits(r: &ReplicaStatus) -> bool {
+    r.role == Role::Target
+        && matches!(
+            r.phase,
+            Phase::Seeding | Phase::Standby | Phase::Switching | Phase::Prepared
+        )
+}
+
 /// Runs a test's body; when it fails, where the logs are is part of the message.
 pub fn with_pair(name: &str, spec: &VmSpec, body: impl FnOnce(&mut Pair) -> Result<()>) {
+    with_pair_as(name, spec, Settings::default(), body);
+}
+
+pub fn with_pair_as(name: &str, spec: &VmSpec, settings: Settings, body: impl FnOnce(&mut Pair) -> Result<()>) {
     if super::skips(&NEEDED) {
         return;
     }
-    let result = Pair::start(spec).and_then(|mut pair| {
+    let result = Pair::start_with(spec, settings).and_then(|mut pair| {
         let result = body(&mut pair).and_then(|()| pair.at_most_one());
         result.map_err(|e| match keep(&pair, name) {
             Ok(dir) => e.context(format!("logs are in {}", dir.display())),
