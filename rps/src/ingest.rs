@@ -254,6 +254,9 @@ impl Agent {
     }
 }
 
+/// Slots of one copy that forecasts do without.
+const DISTURBED_SLOTS: i64 = 5;
+
 /// All hosts and VMs.
 #[derive(Clone, Debug)]
 pub struct World {
@@ -438,6 +441,20 @@ impl World {
             .own
             .add(batch.t, batch.interval_ms, usage);
         too_late_ms
+    }
+
+    /// A copy of a VM, ours, has loaded this host since `since`: its memory was read, sent or written. What the VMs there
+    /// seem to want meanwhile is partly its doing, and a forecast that learnt it would flee from Umbra itself. A copy that
+    /// takes longer than a few slots is load like any other.
+    pub fn disturb(&mut self, host: &HostId, since: UnixMs, until: UnixMs) {
+        let shape = self.params.shape;
+        let first = shape.slot_of(since);
+        let slots = first..=shape.slot_of(until).min(first.saturating_add(DISTURBED_SLOTS - 1));
+        let own = self.hosts.get_mut(host).map(|h| &mut h.own);
+        let vms = self.vms.values_mut().filter(|vm| vm.running() == Some(host));
+        for series in vms.map(|vm| &mut vm.series).chain(own) {
+            slots.clone().for_each(|slot| series.disturb(slot));
+        }
     }
 
     /// The newest `n` slots of a VM before `now`, for the API. Gaps are absent.

@@ -291,9 +291,12 @@ fn expect(
 ) -> Expected {
     let shape = world.shape();
     let from = shape.slot_of(now);
-    let newest = series.newest_before(from);
-    let window = newest.map(|n| series.window(n, params.max_history)).unwrap_or_default();
-    let last = window.last().copied().flatten().unwrap_or_default();
+    let last = series
+        .newest_before(from)
+        .and_then(|n| series.get(n))
+        .unwrap_or_default();
+    let newest = series.newest_undisturbed(from);
+    let window = newest.map(|n| series.demand(n, params.max_history)).unwrap_or_default();
     let cpu: Vec<_> = window.iter().map(|s| s.map(|u| u.cpu_cores)).collect();
     let rss_max = window
         .iter()

@@ -329,3 +329,39 @@ fn an_idle_vm_does_not_suffer_on_a_full_host() {
     assert_eq!(cps, [1.0, 1.0, 0.0]);
     assert_eq!(outlook.vms[0].contention_at, Some(UnixMs(0)));
 }
+
+/// The copy of a VM costs its host CPU: for a second or two everything there wants and waits more.
+#[test]
+fn a_copy_of_our_own_is_not_taken_for_demand() {
+    let play = |told: bool| {
+        let mut scene = Scene::new();
+        for second in 1..=40 {
+            let copying = second > 38;
+            let web = if copying { 0.9 } else { 0.3 };
+            scene.tell("a", second, vec![sample(WEB, web, false)]);
+            if copying && told {
+                scene.world.disturb(&host("a"), Scene::time(38), Scene::time(second));
+            }
+        }
+        let outlook = scene.look(40);
+        let web = outlook.vm(id(WEB)).unwrap();
+        (web.cpu_demand, web.peak_p50)
+    };
+    let (told, untold) = (play(true), play(false));
+    assert!(told.0 > 0.8, "what is measured is shown: {told:?}");
+    assert!(told.1 < 0.4 && untold.1 > told.1, "{told:?}, if nobody told {untold:?}");
+}
+
+#[test]
+fn a_long_copy_is_load_like_any_other() {
+    let mut scene = Scene::new();
+    for second in 1..=60 {
+        let web = if second > 40 { 0.9 } else { 0.3 };
+        scene.tell("a", second, vec![sample(WEB, web, false)]);
+        if second > 40 {
+            scene.world.disturb(&host("a"), Scene::time(40), Scene::time(second));
+        }
+    }
+    let peak = scene.look(60).vm(id(WEB)).unwrap().peak_p50;
+    assert!(peak > 0.7, "{peak}");
+}

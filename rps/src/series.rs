@@ -7,7 +7,8 @@
 //! ```text
 //!   keep_slots closed, packed │ late_slots + 1 open │ (future: refused by ingest)
 //! ```
-//! A slot that was covered less than half is a gap.
+//! A slot that was covered less than half is a gap. A slot in which Umbra itself copied a VM on the host is *disturbed*:
+//! it is kept and shown, and no forecast learns from it.
 
 use std::collections::VecDeque;
 
@@ -111,7 +112,12 @@ pub struct Series {
     open: VecDeque<Open>,
     /// Index of the oldest open slot; the closed ones end right before it.
     first_open: i64,
+    /// Ascending.
+    disturbed: VecDeque<i64>,
 }
+
+/// Disturbed slots that are remembered a series.
+const DISTURBED_KEPT: usize = 256;
 
 impl Series {
     pub fn new(shape: Shape) -> Self {
@@ -120,7 +126,43 @@ impl Series {
             closed: VecDeque::new(),
             open: VecDeque::new(),
             first_open: 0,
+            disturbed: VecDeque::new(),
         }
+    }
+
+    /// What is measured in this slot is not demand. Slots are told in their order; an older one than the last is not taken.
+    pub fn disturb(&mut self, slot: i64) {
+        if self.disturbed.back().is_none_or(|last| *last < slot) {
+            self.disturbed.push_back(slot);
+        }
+        if self.disturbed.len() > DISTURBED_KEPT {
+            self.disturbed.pop_front();
+        }
+    }
+
+    /// The newest slot before `before` that was measured and tells of demand.
+    pub fn newest_undisturbed(&self, before: i64) -> Option<i64> {
+        let mut newest = self.newest_before(before)?;
+        while self.is_disturbed(newest) {
+            newest = self.newest_before(newest)?;
+        }
+        Some(newest)
+    }
+
+    /// At most `n` slots that end with `last`, as [`Series::window`] has them; disturbed ones are gaps.
+    pub fn demand(&self, last: i64, n: usize) -> Vec<Option<Usage>> {
+        let mut window = self.window(last, n);
+        let end = last.min(self.next_slot() - 1);
+        for (back, usage) in (0i64..).zip(window.iter_mut().rev()) {
+            if self.is_disturbed(end - back) {
+                *usage = None;
+            }
+        }
+        window
+    }
+
+    fn is_disturbed(&self, slot: i64) -> bool {
+        self.disturbed.binary_search(&slot).is_ok()
     }
 
     /// Merges a sample: `usage` held during the `interval_ms` that end at `end`.

@@ -135,3 +135,18 @@ proptest! {
         prop_assert!(slots * 1_000 + 1_000 >= told.min(50_000));
     }
 }
+
+#[test]
+fn a_disturbed_slot_is_shown_and_not_learnt() {
+    let mut s = Series::new(SHAPE);
+    for (slot, cores) in [(10, 0.25), (11, 0.5), (12, 0.875), (13, 0.8)] {
+        s.add(UnixMs((slot + 1) * 1_000), 1_000, cpu(cores));
+    }
+    [12, 12, 11, 13].into_iter().for_each(|slot| s.disturb(slot));
+    assert_eq!(value(&s, 12), Some(0.875), "measured is measured");
+    assert_eq!(s.newest_before(20), Some(13));
+    assert_eq!(s.newest_undisturbed(20), Some(11), "the past is not rewritten");
+    s.add(UnixMs(15_000), 1_000, cpu(0.375));
+    let demand: Vec<Option<f64>> = s.demand(14, 10).iter().map(|u| u.map(|u| u.cpu_cores)).collect();
+    assert_eq!(demand, [Some(0.25), Some(0.5), None, None, Some(0.375)]);
+}

@@ -259,6 +259,23 @@ impl Core {
         (epoch, out)
     }
 
+    /// Hosts on which copies and moves are under way or were so a slot ago, and from when until when.
+    pub fn copying(&self, slot_ms: u64, now: UnixMs) -> impl Iterator<Item = (&HostId, UnixMs, UnixMs)> {
+        let slot = i64::try_from(slot_ms).unwrap_or(i64::MAX);
+        self.states.values().flat_map(move |s| {
+            use Stage::{Active, FailingBack, Provisioning, Seeding, Switching};
+            let busy = matches!(s.stage, Provisioning | Seeding | Switching | Active | FailingBack);
+            // The slot in which it ended.
+            let was = s.stage != Stage::Failed && now.0 <= s.since.0.saturating_add(slot.saturating_mul(2));
+            let until = if busy { now } else { s.since };
+            [Some(&s.host), s.shadow.as_ref()]
+                .into_iter()
+                .flatten()
+                .filter(move |_| busy || was)
+                .map(move |host| (host, s.since, until))
+        })
+    }
+
     /// Takes note of VMs that the agents tell of.
     pub fn foreseen(&mut self, outlook: &Outlook, now: UnixMs) -> Outputs {
         let mut out = Outputs::default();

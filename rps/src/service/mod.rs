@@ -248,12 +248,14 @@ impl Service {
 
     /// Looks ahead anew. Long, with many VMs: not for a thread that serves.
     fn foresee(&self) -> Outlook {
-        let told: Vec<(VmId, Option<HostId>)> = lock(&self.engine)
-            .core
-            .running()
-            .map(|(vm, host)| (vm, host.cloned()))
-            .collect();
         let now = wall_clock();
+        let (told, copying) = {
+            let engine = lock(&self.engine);
+            let running = engine.core.running().map(|(vm, host)| (vm, host.cloned()));
+            let copying = engine.core.copying(self.config.slot_ms, now);
+            let copying = copying.map(|(host, since, until)| (host.clone(), since, until));
+            (running.collect::<Vec<_>>(), copying.collect::<Vec<_>>())
+        };
         let begun = Instant::now();
         let mut foreseer = lock(&self.world);
         let Foreseer { world, cache } = &mut *foreseer;
@@ -262,6 +264,9 @@ impl Service {
                 Some(host) => world.set_running(vm, host),
                 None => world.clear_running(vm),
             }
+        }
+        for (host, since, until) in copying {
+            world.disturb(&host, since, until);
         }
         world.expire(now);
         let outlook = outlook(world, cache, &self.config.outlook_params(), now);
