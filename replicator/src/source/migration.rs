@@ -226,10 +226,22 @@ pub fn ask_primary(id: ProcessId, qmp: Option<&Client>) -> Result<Primary, QmpEr
         };
     };
     let status = wait_terminal(qmp, END_TIMEOUT)?;
-    let run = qmp.execute("query-status", Value::Null)?;
-    match (status.as_str(), run["status"].as_str()) {
-        ("completed", Some("postmigrate")) => Ok(Primary::Stopped),
+    match (status.as_str(), settled(qmp, END_TIMEOUT)?.as_str()) {
+        ("completed", "postmigrate") => Ok(Primary::Stopped),
         _ => Ok(Primary::Runs),
+    }
+}
+
+/// The guest's run state. QEMU tells a migration's end a moment before the state that follows from it.
+fn settled(qmp: &Client, within: Duration) -> Result<String, QmpError> {
+    let late = Instant::now() + within;
+    loop {
+        let run = qmp.execute("query-status", Value::Null)?;
+        let state = run["status"].as_str().unwrap_or_default();
+        if state != "finish-migrate" || Instant::now() >= late {
+            return Ok(state.to_owned());
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

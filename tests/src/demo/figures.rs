@@ -199,7 +199,13 @@ mod tests {
     /// Contended in these of a hundred seconds.
     fn bill(contended: std::ops::Range<usize>) -> Bill {
         let waits_ms = (0..100)
-            .map(|s| if contended.contains(&s) { 300.0 } else { 10.0 })
+            .map(|s| {
+                if contended.contains(&s) {
+                    CONTENDED_MS + 100.0
+                } else {
+                    10.0
+                }
+            })
             .collect();
         Bill {
             waits_ms,
@@ -263,7 +269,7 @@ mod tests {
     #[test]
     fn a_single_bad_second_is_no_contention_yet() {
         let mut b = bill(50..60);
-        b.waits_ms[10] = 500.0;
+        b.waits_ms[10] = CONTENDED_MS + 100.0;
         assert_eq!(b.contended_from_s(), Some(50));
         assert_eq!(b.contended_s(), 11);
     }
