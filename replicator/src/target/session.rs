@@ -163,13 +163,14 @@ impl Session {
             urgent::calm(process);
         }
         Tiers::new(&record, core.config.tiers.shares()).restore();
-        let shadow = ask(&record, qmp.as_ref());
+        let (shadow, waits) = ask(&record, qmp.as_ref());
         let begin = Machine::resume(durable, plan.epoch, shadow);
-        // 'Prepared' on disk and gone: the commit may have come, and its record not.
-        let ran = matches!(
-            durable,
-            Durable::Running { .. } | Durable::Exited { .. } | Durable::Prepared { .. } | Durable::Fenced { .. }
-        );
+        let ran = match durable {
+            Durable::Running { .. } | Durable::Exited { .. } | Durable::Fenced { .. } => true,
+            // The commit may have come, and its record not; but QEMU knows of one that it was never told to run.
+            Durable::Prepared { .. } => !waits,
+            _ => false,
+        };
         Self::spawn(core, plan, begin, record, qmp, None, ran)
     }
 
@@ -558,22 +559,27 @@ pub(super) fn gone_soon(record: &ShadowRecord) -> bool {
     record.process.is_none_or(crate::source::session::gone_soon)
 }
 
-/// What QEMU says of a shadow that outlived its replicator.
-fn ask(record: &ShadowRecord, qmp: Option<&Client>) -> machine::Shadow {
+/// What QEMU says of a shadow that outlived its replicator, and whether it waits as it did before or after its load: a guest that ran
+/// and was stopped by its disk says something else.
+fn ask(record: &ShadowRecord, qmp: Option<&Client>) -> (machine::Shadow, bool) {
     let answer = |command: &str| qmp.and_then(|q| q.execute(command, Value::Null).ok());
     if !record.alive() {
-        return machine::Shadow::Gone;
+        return (machine::Shadow::Gone, false);
     }
     let Some(status) = answer("query-status") else {
         // Alive and silent: only its source can say what it is, and asks.
-        return machine::Shadow::Loaded;
+        return (machine::Shadow::Loaded, false);
     };
     if status["running"].as_bool() == Some(true) {
-        return machine::Shadow::Runs;
+        return (machine::Shadow::Runs, false);
     }
     let migration = answer("query-migrate");
-    match migration.as_ref().and_then(|m| m["status"].as_str()) {
+    let shadow = match migration.as_ref().and_then(|m| m["status"].as_str()) {
         Some("completed") => machine::Shadow::Loaded,
         _ => machine::Shadow::Waits,
-    }
+    };
+    (
+        shadow,
+        matches!(status["status"].as_str(), Some("inmigrate" | "paused")),
+    )
 }
