@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
+use serde_json::json;
 use umbra_api::VmId;
 
 use super::host::Host;
@@ -57,6 +58,8 @@ struct Book {
     running: Vec<String>,
     /// Copies whose events are heard.
     heard: usize,
+    /// An operator has made room on a disk that was full, and lets those go on that QEMU stopped for it.
+    room: bool,
 }
 
 pub struct Copies {
@@ -133,6 +136,11 @@ impl Copies {
             self.search.store(true, Ordering::Relaxed);
         }
         all
+    }
+
+    /// There is room again on a disk that was full: `cont` for each copy that QEMU stopped for it, as an operator would.
+    pub fn made_room(&self) {
+        self.book().room = true;
     }
 
     /// All STOPs and RESUMEs so far, in the order of their times.
@@ -246,9 +254,13 @@ impl Watcher {
                 gone.push(*pid);
                 continue;
             }
-            let runs = copy.status().is_some_and(|s| s == "running");
+            let status = copy.status();
+            let runs = status.as_deref() == Some("running");
             if runs {
                 running.push(*pid);
+            }
+            if status.as_deref() == Some("io-error") && self.book.lock().unwrap_or_else(|p| p.into_inner()).room {
+                copy.go_on();
             }
             let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
             if let Some(since) = copy.since {
@@ -322,6 +334,14 @@ impl Copy {
             self.since = self.qmp.is_some().then(wall_us);
         }
         self.qmp.as_ref()?.status().ok()
+    }
+
+    fn go_on(&self) {
+        // If it does not take, QEMU stops it once more, and it is asked again.
+        let _ = self
+            .qmp
+            .as_ref()
+            .map(|q| q.execute("cont", json!({}), Duration::from_secs(5)));
     }
 
     fn take_turns(&mut self, pid: i32, turns: &mut Vec<Turn>) {

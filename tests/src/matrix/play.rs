@@ -23,7 +23,7 @@ const SILENCE: Duration = Duration::from_secs(3);
 const STALL: Duration = Duration::from_secs(4);
 const LONG: Duration = Duration::from_secs(90);
 /// Room for a shadow's image, and those that are kept because nobody can know whether it ran.
-const DISK_FS_MIB: u64 = 768;
+const DISK_FS_MIB: u64 = 160;
 
 fn disk(bus: Bus, format: &'static str) -> DiskSpec {
     DiskSpec { bus, format, mib: 16 }
@@ -123,7 +123,7 @@ impl Stage<'_> {
         let link = self.wires.get(to).context("a wire to each host")?.address();
         let switches = matches!(case.point, Point::Step(_) | Point::After);
         let arm = |stage: &Self| match place {
-            Some(place) => stage.arm(case.fault, place, from, to),
+            Some(place) => stage.arm(case, place, from, to),
             None => Ok(()),
         };
         if !switches {
@@ -165,12 +165,21 @@ impl Stage<'_> {
     }
 
     /// A replicator that is to die at its own step dies by its own hand, at once; whoever else is to suffer does it while this one waits.
-    fn arm(&self, fault: Fault, place: &str, from: &str, to: &str) -> Result<()> {
-        let what = if dies_itself(fault, place) { "kill" } else { "wait" };
-        let file = self.fault_file(at(place, from, to))?;
+    /// Where the VM is to stay, the target says nothing of 'prepared' before: which of both was faster is another row's matter.
+    fn arm(&self, case: &Case, place: &str, from: &str, to: &str) -> Result<()> {
+        let races = matches!(case.fault, Fault::Target | Fault::Cut) && place.starts_with("source");
+        if races && case.outcome == Outcome::Stays {
+            self.order_fault(to, "wait target before say_prepared")?;
+        }
+        let what = if dies_itself(case.fault, place) { "kill" } else { "wait" };
+        self.order_fault(at(place, from, to), &format!("{what} {place}"))
+    }
+
+    fn order_fault(&self, host: &str, line: &str) -> Result<()> {
+        let file = self.fault_file(host)?;
         // By a name of its own first: it is looked for all the time.
         let new = file.with_extension("new");
-        fs::write(&new, format!("{what} {place}\n"))?;
+        fs::write(&new, format!("{line}\n"))?;
         Ok(fs::rename(&new, &file)?)
     }
 
@@ -200,6 +209,7 @@ impl Stage<'_> {
                 self.go_on(from, to)?;
                 self.settle()?;
                 fs::remove_file(filler)?;
+                self.pair.copies.made_room();
             }
             Fault::Rps => {}
         }
