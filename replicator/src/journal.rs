@@ -114,6 +114,46 @@ impl VmRecord {
             self.orders.pop_front();
         }
     }
+
+    /// The source's side comes to this point.
+    pub fn source_writes(&mut self, durable: source::machine::Durable, report: SwitchoverReport, now: UnixMs) {
+        use source::machine::Durable;
+        self.epoch = self.epoch.max(durable.epoch().unwrap_or(self.epoch));
+        let Some(source) = self.source.as_mut() else { return };
+        source.durable = durable;
+        match durable {
+            Durable::TakingBack { epoch } => {
+                source.epoch = source.epoch.max(epoch);
+                // It was a shadow here once, and is the VM again: its files are not to be cleaned up.
+                if let Some(shadow) = source.leftover.take() {
+                    self.target = Some(TargetRecord {
+                        peer: source.peer.clone(),
+                        epoch,
+                        durable: target::machine::Durable::Running { epoch },
+                        shadow: Some(shadow),
+                        link: None,
+                        since: now,
+                        error: None,
+                    });
+                }
+            }
+            Durable::Fenced { epoch } => source.epoch = source.epoch.max(epoch),
+            Durable::HandedOver { .. } => {
+                source.report = Some(report);
+                // The shadow that this VM once was here is now the stopped primary's.
+                source.leftover = (self.target.take()).and_then(|t| t.shadow).or(source.leftover.take());
+            }
+            _ => {}
+        }
+    }
+
+    /// The target's side comes to this point.
+    pub fn target_writes(&mut self, durable: target::machine::Durable, error: Option<Refusal>) {
+        self.epoch = self.epoch.max(durable.epoch().unwrap_or(self.epoch));
+        if let Some(target) = self.target.as_mut() {
+            (target.durable, target.error) = (durable, error);
+        }
+    }
 }
 
 const MAGIC: &[u8; 8] = b"UMBRAJ01";
@@ -279,6 +319,44 @@ mod tests {
         .unwrap();
         let r = Journal::open(dir.path()).unwrap().get(vm()).unwrap();
         assert_eq!((r.epoch, r.knows(order)), (Epoch(4), true));
+    }
+
+    #[test]
+    fn a_shadows_files_go_with_the_copy_that_it_became() {
+        use source::machine::Durable as Source;
+        use target::machine::Durable as Target;
+        let epoch = Epoch;
+        let mut r: VmRecord = serde_json::from_value(serde_json::json!({
+            "vm": vm(), "name": "web", "epoch": 4, "orders": [],
+            "source": {
+                "peer": "b", "link": "b:1", "epoch": 4, "durable": {"phase": "protecting"}, "since": 0, "report": null,
+                "qemu": {"id": {"pid": 1, "starttime": 1}, "qmp": []}, "leftover": null,
+            },
+            "target": {
+                "peer": "b", "epoch": 3, "durable": {"phase": "running", "epoch": 3}, "since": 0, "error": null,
+                "shadow": {
+                    "vm": vm(), "session": 9, "process": null, "dir": "/d", "qmp_path": "/d/q", "log": "/d/l", "ram": [],
+                    "taps": [], "run_files": [], "cgroup": null,
+                },
+            },
+        }))
+        .unwrap();
+        let report = SwitchoverReport::default();
+        r.source_writes(Source::HandedOver { epoch: epoch(5) }, report, UnixMs(1));
+        assert_eq!(r.epoch, epoch(5));
+        assert!(
+            r.target.is_none(),
+            "what ran here as a former shadow is the stopped primary now"
+        );
+        let leftover = |r: &VmRecord| r.source.as_ref().unwrap().leftover.as_ref().map(|s| s.session);
+        assert_eq!(leftover(&r), Some(9));
+        r.source_writes(Source::TakingBack { epoch: epoch(6) }, report, UnixMs(2));
+        assert_eq!(leftover(&r), None);
+        let target = r.target.as_ref().unwrap();
+        assert_eq!(target.durable, Target::Running { epoch: epoch(6) }, "and the VM again");
+        assert_eq!(target.shadow.as_ref().map(|s| s.session), Some(9));
+        r.target_writes(Target::Fenced { epoch: epoch(2) }, None);
+        assert_eq!(r.epoch, epoch(6), "an epoch never sinks");
     }
 
     #[test]

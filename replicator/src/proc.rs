@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -45,6 +46,18 @@ impl ProcessId {
     /// Whether it still runs. A zombie does not.
     pub fn alive(&self) -> bool {
         stat(self.pid).is_ok_and(|s| s.starttime == self.starttime && !matches!(s.state, 'Z' | 'X'))
+    }
+
+    /// Whether it is gone, asked when its sockets are closed: it may need a moment.
+    pub fn gone_soon(self) -> bool {
+        let deadline = Instant::now() + Duration::from_millis(300);
+        while self.alive() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
     }
 }
 

@@ -16,10 +16,17 @@ pub mod codec;
 use std::io;
 use std::path::PathBuf;
 
-use umbra_api::order::{Refusal, RefusalCode};
+use serde_json::json;
+use umbra_api::order::{Announce, Refusal, RefusalCode};
 
 pub use client::{Client, Mark};
 pub use codec::{CodecError, Event, Version};
+
+/// Has QEMU tell the network where the guest's addresses are.
+pub fn announce(qmp: &Client, a: &Announce) -> Result<(), QmpError> {
+    let args = json!({"initial": a.initial_ms, "max": a.max_ms, "rounds": a.rounds, "step": a.step_ms});
+    qmp.execute("announce-self", args).map(|_| ())
+}
 
 /// Why a command had no result.
 #[derive(Debug, thiserror::Error)]

@@ -159,6 +159,21 @@ pub enum Durable {
     Retired,
 }
 
+impl Durable {
+    /// The switchover or order that it is about.
+    pub fn epoch(self) -> Option<Epoch> {
+        match self {
+            Self::Preparing { epoch }
+            | Self::Relinquished { epoch }
+            | Self::Aborting { epoch }
+            | Self::TakingBack { epoch }
+            | Self::HandedOver { epoch }
+            | Self::Fenced { epoch } => Some(epoch),
+            Self::Protecting | Self::Released | Self::Retired => None,
+        }
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Action {
     Write(Durable),

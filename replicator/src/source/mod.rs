@@ -1,7 +1,7 @@
 //! The side on which the VM runs: adopts the primary, seeds and holds its shadow, and hands it over.
 //!
 //! [`machine`] decides, [`session`] drives it and owns the thread, [`migration`] is QEMU's part, [`pump`] carries the
-//! pages, [`mirror`] copies private disks, [`control`] talks to the target.
+//! pages, [`mirror`] copies private disks, [`control`] talks to the target, [`times`] makes the report.
 
 pub mod control;
 pub mod machine;
@@ -9,5 +9,6 @@ pub mod migration;
 pub mod mirror;
 pub mod pump;
 pub mod session;
+pub mod times;
 
 pub use session::{Handle, Session};

@@ -1,4 +1,9 @@
 //! Drives one protection on the source: turns what happens into the machine's inputs, and carries out its actions.
+//!
+//! [`open`] begins, here it runs, and [`undecided`] asks until it is answered.
+
+mod open;
+mod undecided;
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -6,21 +11,22 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use umbra_api::order::{Announce, Pacing, Refusal, RefusalCode};
+use serde_json::Value;
+use umbra_api::order::{Pacing, Refusal, RefusalCode};
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, SwitchoverReport};
 use umbra_api::wire::control::{Message, ShadowSpec};
 use umbra_api::{Epoch, HostId, VmId};
 
+use self::undecided::{Abort, Retries};
 use super::control::{Control, Target, Timeouts};
 use super::machine::{Action, Durable, Input, Machine, State};
-use super::migration::{Migration, Primary, ask_primary};
-use super::mirror::{self, Mirrors, News, Way};
-use super::pump::{Pump, Shared};
+use super::migration::Migration;
+use super::mirror::{Mirrors, News};
+use super::pump::Shared;
+use super::times::{Resumed, Times};
 use crate::engine::{Core, unix_ms};
 use crate::faults::{self, Side};
-use crate::journal::TargetRecord;
-use crate::pacing::{Round, Settings};
+use crate::pacing::Round;
 use crate::proc::ProcessId;
 use crate::qmp::Client;
 use crate::urgent::{self, Urgent};
@@ -30,9 +36,6 @@ const SEEDING_TICK: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_millis(500);
 const PING_EVERY: Duration = Duration::from_secs(1);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
-const RETRY_EVERY: Duration = Duration::from_millis(500);
-/// How long a target that can't be reached is told of an abort. Later it is told by the next 'hello', or by an operator.
-const ABORT_FOR: Duration = Duration::from_secs(60);
 
 /// What happens to a session.
 #[derive(Debug)]
@@ -83,20 +86,6 @@ impl Handle {
     }
 }
 
-/// Points in time of a switchover, on this process's clock but for the guest's stop.
-#[derive(Clone, Copy, Default)]
-struct Times {
-    ordered: Option<Instant>,
-    stopped: Option<Instant>,
-    stopped_unix_us: i64,
-    ram_done: Option<Instant>,
-    streamed: Option<Instant>,
-    written: Option<Instant>,
-    prepared: Option<Instant>,
-    shut: Option<Instant>,
-    committed: Option<Instant>,
-}
-
 /// What a new protection begins with.
 pub struct Plan {
     pub vm: VmId,
@@ -134,10 +123,7 @@ pub struct Session {
     /// Who a stopped guest waits for.
     urgent: Option<Urgent>,
     give_up_at: Option<Instant>,
-    resolve_at: Option<Instant>,
-    take_back_at: Option<Instant>,
-    /// An epoch that the target must still be told to be off, the next attempt, and the last.
-    abort: Option<(Epoch, Instant, Instant)>,
+    retries: Retries,
 }
 
 impl Session {
@@ -209,9 +195,7 @@ impl Session {
             report: SwitchoverReport::default(),
             urgent: None,
             give_up_at: None,
-            resolve_at: None,
-            take_back_at: None,
-            abort: None,
+            retries: Retries::default(),
         }
     }
 
@@ -246,93 +230,6 @@ impl Session {
         }
     }
 
-    fn begin(&mut self, spec: ShadowSpec) {
-        if let Err(refusal) = self.open(spec) {
-            tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
-            self.input(Input::Failed(refusal));
-        } else {
-            self.core.faults.after(Side::Source, "open");
-            self.publish();
-        }
-    }
-
-    /// Hello, ram connection, mirrors, migration, in the order in which they can still be refused at no cost for the guest.
-    fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
-        let (plan, disks) = (&self.plan, spec.disks.clone());
-        let hello = Message::Hello {
-            vm: plan.vm,
-            name: plan.name.clone(),
-            epoch: plan.epoch,
-            host: self.core.config.host.clone(),
-            port: self.core.config.link_listen.map(|a| a.port()),
-            spec: Box::new(spec),
-        };
-        let (link, session) = Control::hello(&self.target(), self.times(), &hello)?;
-        self.control = Some(Control::listen(
-            link,
-            self.times(),
-            self.generation,
-            self.sender.clone(),
-        )?);
-        let ram = Control::attach(&self.target(), self.times(), session)?;
-        let qmp = self
-            .qmp
-            .clone()
-            .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
-        let way = Way {
-            dir: &self.core.config.run_dir,
-            qemu: plan.process,
-            core: &self.core,
-            pace: &self.pump,
-            connect: &|disk| Control::attach_disk(&self.target(), self.times(), session, disk),
-        };
-        let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
-        let pause = !mirrors.is_empty();
-        self.mirrors = Some(mirrors);
-        let (migration, socket) = Migration::start(&qmp, self.plan.process, &self.sender, pause)?;
-        self.migration = Some(migration);
-        let pump = Pump {
-            socket,
-            ram,
-            encoding: self.core.config.link.encoding(),
-            pacing: Settings {
-                rest: Duration::from_millis(plan.pacing.round_ms),
-                ..Settings::default()
-            },
-            core: self.core.clone(),
-            shared: self.pump.clone(),
-            events: self.sender.clone(),
-        };
-        std::thread::Builder::new()
-            .name("pump".into())
-            .spawn(move || pump.run())
-            .map_err(|e| Refusal::new(RefusalCode::Local, format!("no thread for the pages: {e}")))?;
-        self.started = Instant::now();
-        Ok(())
-    }
-
-    /// After a restart: what the disk says, checked against the primary.
-    fn recover(&mut self, durable: Durable) {
-        urgent::calm(self.plan.process);
-        let primary = ask_primary(self.plan.process, self.qmp.as_ref());
-        let primary = primary.unwrap_or_else(|e| {
-            tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
-            Primary::Stopped
-        });
-        let (machine, actions) = Machine::resume(durable, primary == Primary::Stopped, primary == Primary::Gone);
-        self.machine = machine;
-        self.perform(actions);
-        // Behind what lets the guest run on: what is left of mirrors is in nobody's way.
-        if let Some(qmp) = self
-            .qmp
-            .as_ref()
-            .filter(|_| !matches!(durable, Durable::HandedOver { .. }))
-        {
-            mirror::sweep(qmp);
-        }
-        self.publish();
-    }
-
     fn run(mut self) {
         while !self.is_done() {
             let tick = match self.machine.state {
@@ -353,7 +250,7 @@ impl Session {
     }
 
     fn is_done(&self) -> bool {
-        self.machine.is_over() && self.abort.is_none()
+        self.machine.is_over() && self.retries.abort.is_none()
     }
 
     fn event(&mut self, event: Event) {
@@ -493,11 +390,11 @@ impl Session {
     }
 
     fn is_primary_gone(&self) -> bool {
-        self.qmp.as_ref().is_none_or(Client::is_closed) && gone_soon(self.plan.process)
+        self.qmp.as_ref().is_none_or(Client::is_closed) && self.plan.process.gone_soon()
     }
 
     fn qmp_closed(&mut self) {
-        match gone_soon(self.plan.process) {
+        match self.plan.process.gone_soon() {
             true => self.input(Input::PrimaryGone),
             false => self.input(Input::MigrationFailed("QEMU closed its QMP connection".into())),
         }
@@ -525,7 +422,6 @@ impl Session {
             }
             Message::RoundDone { .. } | Message::Pong { .. } => {}
             Message::Prepared { epoch, load_us } => {
-                self.times.prepared = Some(Instant::now());
                 self.report.load_us = load_us;
                 self.input(Input::Prepared { epoch });
             }
@@ -534,11 +430,15 @@ impl Session {
                 resume_unix_us,
                 resume_us,
             } => {
-                self.conclude(epoch, resume_unix_us, resume_us);
+                self.conclude(Resumed {
+                    epoch,
+                    unix_us: resume_unix_us,
+                    took_us: resume_us,
+                });
                 self.input(Input::Running { epoch });
             }
             Message::Aborted { epoch } => {
-                self.abort = None;
+                self.retries.abort = None;
                 self.input(Input::Aborted { epoch });
             }
             Message::Refused { refusal } => self.input(Input::Refused(refusal)),
@@ -548,6 +448,15 @@ impl Session {
             ))),
         }
         self.publish();
+    }
+
+    fn conclude(&mut self, resumed: Resumed) {
+        let wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);
+        self.report = self
+            .times
+            .conclude(resumed, self.report, wire_bytes, Instant::now(), unix_ms());
+        let stopped_ms = self.report.guest_stopped_us as f64 / 1e3;
+        tracing::info!(vm = %self.plan.vm, epoch = %resumed.epoch, stopped_ms, report = ?self.report, "handed over");
     }
 
     fn input(&mut self, input: Input) {
@@ -591,8 +500,7 @@ impl Session {
                 self.say(&Message::Commit { epoch })
             }
             Action::Abort { epoch } => {
-                let now = Instant::now();
-                self.abort = Some((epoch, now + RETRY_EVERY, now + ABORT_FOR));
+                self.retries.abort = Some(Abort::new(epoch, Instant::now()));
                 self.say(&Message::Abort { epoch }).and(None)
             }
             Action::Abandon => {
@@ -611,7 +519,7 @@ impl Session {
             }
             Action::Resolve { .. } => {
                 self.give_up_at = None;
-                self.resolve_at = Some(Instant::now());
+                self.retries.resolve = Some(Instant::now());
                 None
             }
             Action::TakeBack => self.take_back(),
@@ -634,40 +542,7 @@ impl Session {
 
     fn write(&mut self, durable: Durable) -> Option<Input> {
         let report = self.report;
-        let written = self.core.journal.update(self.plan.vm, |r| {
-            if let Durable::Preparing { epoch }
-            | Durable::Relinquished { epoch }
-            | Durable::Aborting { epoch }
-            | Durable::TakingBack { epoch }
-            | Durable::Fenced { epoch } = durable
-            {
-                r.epoch = r.epoch.max(epoch);
-            }
-            let Some(source) = r.source.as_mut() else { return };
-            source.durable = durable;
-            if let Durable::TakingBack { epoch } | Durable::Fenced { epoch } = durable {
-                source.epoch = source.epoch.max(epoch);
-            }
-            if let Durable::TakingBack { epoch } = durable
-                && let Some(shadow) = source.leftover.take()
-            {
-                // It was a shadow here once, and is the VM again: its files are not to be cleaned up.
-                r.target = Some(TargetRecord {
-                    peer: source.peer.clone(),
-                    epoch,
-                    durable: crate::target::machine::Durable::Running { epoch },
-                    shadow: Some(shadow),
-                    link: None,
-                    since: unix_ms(),
-                    error: None,
-                });
-            }
-            if let Durable::HandedOver { .. } = durable {
-                source.report = Some(report);
-                // The shadow that this VM once was here is now the stopped primary's.
-                source.leftover = r.target.take().and_then(|t| t.shadow).or(source.leftover.take());
-            }
-        });
+        let written = (self.core.journal).update(self.plan.vm, |r| r.source_writes(durable, report, unix_ms()));
         match written {
             Ok(()) => {
                 self.times.written = Some(Instant::now());
@@ -693,24 +568,6 @@ impl Session {
             .map(|e| Input::MigrationFailed(format!("QEMU's migration socket: {e}")))
     }
 
-    fn take_back(&mut self) -> Option<Input> {
-        let Some(qmp) = self.qmp.as_ref() else {
-            return Some(Input::PrimaryGone);
-        };
-        match qmp.execute("cont", Value::Null) {
-            Ok(_) => {
-                announce(qmp);
-                Some(Input::TakenBack)
-            }
-            Err(_) if gone_soon(self.plan.process) => Some(Input::PrimaryGone),
-            Err(e) => {
-                tracing::error!(vm = %self.plan.vm, "the primary can't be resumed, trying again: {e}");
-                self.take_back_at = Some(Instant::now() + RETRY_EVERY);
-                None
-            }
-        }
-    }
-
     /// What is due by time.
     fn tick(&mut self, now: Instant) {
         if self.machine.state == State::Seeding {
@@ -720,17 +577,7 @@ impl Session {
             self.give_up_at = None;
             self.input(Input::TimedOut);
         }
-        if self.resolve_at.is_some_and(|t| t <= now) {
-            self.resolve_at = Some(now + RETRY_EVERY);
-            self.resolve();
-        }
-        if self.take_back_at.is_some_and(|t| t <= now) {
-            self.take_back_at = None;
-            self.perform(vec![Action::TakeBack]);
-        }
-        if self.abort.is_some_and(|(_, t, _)| t <= now) {
-            self.tell_abort(now);
-        }
+        self.retry(now);
         if now - self.pinged >= PING_EVERY {
             self.pinged = now;
             if self.control.is_some()
@@ -758,102 +605,6 @@ impl Session {
             Some(Err(e)) => tracing::debug!(vm = %self.plan.vm, "query-migrate: {e}"),
             None => {}
         }
-    }
-
-    /// Asks the target how the epoch ended. Its answer's connection becomes the control connection.
-    fn resolve(&mut self) {
-        let State::Resolving { epoch } = self.machine.state else {
-            self.resolve_at = None;
-            return;
-        };
-        let question = Message::Resolve {
-            vm: self.plan.vm,
-            epoch,
-        };
-        match Control::ask(&self.target(), self.times(), &question) {
-            Ok((link, answer)) => {
-                self.resolve_at = None;
-                self.generation += 1;
-                match Control::listen(link, self.times(), self.generation, self.sender.clone()) {
-                    Ok(control) => {
-                        self.control = Some(control);
-                        self.said(answer);
-                    }
-                    Err(e) => self.input(Input::LinkLost(e.to_string())),
-                }
-            }
-            Err(e) => {
-                tracing::warn!(vm = %self.plan.vm, %epoch, "the target can't be asked how the switchover ended: {e}");
-                self.set_error(Some(e));
-            }
-        }
-    }
-
-    fn tell_abort(&mut self, now: Instant) {
-        let Some((epoch, _, last)) = self.abort else { return };
-        let told = Control::ask(
-            &self.target(),
-            self.times(),
-            &Message::Resolve {
-                vm: self.plan.vm,
-                epoch,
-            },
-        )
-        .and_then(|(mut link, answer)| match answer {
-            Message::Aborted { .. } => Ok(true),
-            _ => {
-                link.writer
-                    .send_message(&Message::Abort { epoch })
-                    .map_err(|e| super::control::unreachable(&e))?;
-                let heard = link
-                    .reader
-                    .next_message()
-                    .map_err(|e| super::control::unreachable(&e))?;
-                Ok(matches!(heard, Message::Aborted { .. }))
-            }
-        });
-        match told {
-            Ok(true) => {
-                self.abort = None;
-                self.input(Input::Aborted { epoch });
-            }
-            _ if now >= last => {
-                tracing::warn!(vm = %self.plan.vm, %epoch, "the target was not told that the switchover is off");
-                self.abort = None;
-            }
-            _ => self.abort = Some((epoch, now + RETRY_EVERY, last)),
-        }
-    }
-
-    /// Completes the report with what the target says of the resume.
-    fn conclude(&mut self, epoch: Epoch, resume_unix_us: i64, resume_us: u64) {
-        let now = Instant::now();
-        let t = self.times;
-        let us = |from: Option<Instant>, to: Option<Instant>| {
-            from.zip(to)
-                .map_or(0, |(a, b)| b.saturating_duration_since(a).as_micros() as u64)
-        };
-        let stopped_us = match t.stopped_unix_us {
-            0 => 0,
-            stopped => u64::try_from(resume_unix_us - stopped).unwrap_or(0),
-        };
-        self.report = SwitchoverReport {
-            at: unix_ms(),
-            epoch,
-            guest_stopped_us: stopped_us,
-            stopped_to_told_us: us(t.stopped, Some(now)),
-            order_to_told_us: us(t.ordered, Some(now)),
-            last_pass_us: us(t.stopped, t.ram_done),
-            device_state_us: us(t.ram_done, t.streamed),
-            relinquish_us: us(t.streamed, t.written),
-            shut_us: us(t.shut, t.committed),
-            resume_us,
-            wire_bytes: self.pump.wire_bytes.load(Ordering::Relaxed),
-            ..self.report
-        };
-        tracing::info!(
-            vm = %self.plan.vm, %epoch, stopped_ms = stopped_us as f64 / 1e3, report = ?self.report, "handed over"
-        );
     }
 
     fn publish(&mut self) {
@@ -887,25 +638,4 @@ impl Session {
     fn set_error(&self, error: Option<Refusal>) {
         self.status.lock().unwrap_or_else(PoisonError::into_inner).error = error;
     }
-}
-
-/// If the shadow ran, the network looks for the guest's addresses there until it hears of them here.
-fn announce(qmp: &Client) {
-    let a = Announce::default();
-    let args = json!({"initial": a.initial_ms, "max": a.max_ms, "rounds": a.rounds, "step": a.step_ms});
-    if let Err(e) = qmp.execute("announce-self", args) {
-        tracing::warn!("announce-self: {e}");
-    }
-}
-
-/// A process whose sockets are closed may need a moment to be gone.
-pub fn gone_soon(id: ProcessId) -> bool {
-    let deadline = Instant::now() + Duration::from_millis(300);
-    while id.alive() {
-        if Instant::now() > deadline {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    true
 }

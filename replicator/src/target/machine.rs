@@ -120,6 +120,20 @@ pub enum Durable {
     Discarded,
 }
 
+impl Durable {
+    /// The switchover or order that it is about.
+    pub fn epoch(self) -> Option<Epoch> {
+        match self {
+            Self::Prepared { epoch }
+            | Self::Running { epoch }
+            | Self::Aborted { epoch }
+            | Self::Fenced { epoch }
+            | Self::Exited { epoch } => Some(epoch),
+            Self::Admitted | Self::Shadow | Self::Discarded => None,
+        }
+    }
+}
+
 /// What QEMU says of the shadow, asked after a restart.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Shadow {

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use umbra_api::order::{Announce, Peak, Refusal, RefusalCode, Tier};
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
 use umbra_api::wire::control::Message;
@@ -20,7 +20,8 @@ use crate::faults::{self, Side};
 use crate::launch::{self, Images, Shadow, ShadowRecord};
 use crate::link::{FrameWriter, WriteHalf};
 use crate::memory::pages::Pages;
-use crate::qmp::{Client, Mark};
+use crate::proc::ProcessId;
+use crate::qmp::{self, Client, Mark};
 use crate::urgent::{self, Urgent};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -430,20 +431,7 @@ impl Session {
             State::Exited { .. } => Some(exited()),
             _ => None,
         };
-        let written = self.core.journal.update(self.plan.vm, |r| {
-            if let Durable::Prepared { epoch }
-            | Durable::Running { epoch }
-            | Durable::Aborted { epoch }
-            | Durable::Exited { epoch }
-            | Durable::Fenced { epoch } = durable
-            {
-                r.epoch = r.epoch.max(epoch);
-            }
-            if let Some(target) = r.target.as_mut() {
-                target.durable = durable;
-                target.error.clone_from(&error);
-            }
-        });
+        let written = (self.core.journal).update(self.plan.vm, |r| r.target_writes(durable, error.clone()));
         match written {
             Ok(()) => Some(Input::Written),
             Err(e) => {
@@ -481,13 +469,12 @@ impl Session {
     }
 
     fn announce(&self, a: Announce) {
-        let args = json!({"initial": a.initial_ms, "max": a.max_ms, "rounds": a.rounds, "step": a.step_ms});
         let qmp = match &self.qmp {
             Some(qmp) => Ok(qmp.clone()),
             None => Client::connect(&self.record.qmp_path, RESUME_TIMEOUT),
         };
-        if let Err(e) = qmp.and_then(|q| q.execute("announce-self", args)) {
-            tracing::warn!(vm = %self.plan.vm, "announce-self: {e}");
+        if let Err(e) = qmp.and_then(|q| qmp::announce(&q, &a)) {
+            tracing::warn!(vm = %self.plan.vm, "{e}");
         }
     }
 
@@ -556,7 +543,7 @@ fn exited() -> Refusal {
 }
 
 pub(super) fn gone_soon(record: &ShadowRecord) -> bool {
-    record.process.is_none_or(crate::source::session::gone_soon)
+    record.process.is_none_or(ProcessId::gone_soon)
 }
 
 /// What QEMU says of a shadow that outlived its replicator, and whether it waits as it did before or after its load: a guest that ran

@@ -1,0 +1,105 @@
+//! How a session begins: a new protection, or one that goes on after a restart of the replicator.
+
+use std::time::{Duration, Instant};
+
+use umbra_api::order::{Refusal, RefusalCode};
+use umbra_api::wire::control::{Message, ShadowSpec};
+
+use super::Session;
+use crate::faults::Side;
+use crate::pacing::Settings;
+use crate::source::control::Control;
+use crate::source::machine::{Durable, Input, Machine};
+use crate::source::migration::{Migration, Primary, ask_primary};
+use crate::source::mirror::{self, Mirrors, Way};
+use crate::source::pump::Pump;
+use crate::urgent;
+
+impl Session {
+    pub(super) fn begin(&mut self, spec: ShadowSpec) {
+        if let Err(refusal) = self.open(spec) {
+            tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
+            self.input(Input::Failed(refusal));
+        } else {
+            self.core.faults.after(Side::Source, "open");
+            self.publish();
+        }
+    }
+
+    /// Hello, ram connection, mirrors, migration, in the order in which they can still be refused at no cost for the guest.
+    fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
+        let (plan, disks) = (&self.plan, spec.disks.clone());
+        let hello = Message::Hello {
+            vm: plan.vm,
+            name: plan.name.clone(),
+            epoch: plan.epoch,
+            host: self.core.config.host.clone(),
+            port: self.core.config.link_listen.map(|a| a.port()),
+            spec: Box::new(spec),
+        };
+        let (link, session) = Control::hello(&self.target(), self.times(), &hello)?;
+        self.control = Some(Control::listen(
+            link,
+            self.times(),
+            self.generation,
+            self.sender.clone(),
+        )?);
+        let ram = Control::attach(&self.target(), self.times(), session)?;
+        let qmp = self
+            .qmp
+            .clone()
+            .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
+        let way = Way {
+            dir: &self.core.config.run_dir,
+            qemu: plan.process,
+            core: &self.core,
+            pace: &self.pump,
+            connect: &|disk| Control::attach_disk(&self.target(), self.times(), session, disk),
+        };
+        let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
+        let pause = !mirrors.is_empty();
+        self.mirrors = Some(mirrors);
+        let (migration, socket) = Migration::start(&qmp, self.plan.process, &self.sender, pause)?;
+        self.migration = Some(migration);
+        let pump = Pump {
+            socket,
+            ram,
+            encoding: self.core.config.link.encoding(),
+            pacing: Settings {
+                rest: Duration::from_millis(plan.pacing.round_ms),
+                ..Settings::default()
+            },
+            core: self.core.clone(),
+            shared: self.pump.clone(),
+            events: self.sender.clone(),
+        };
+        std::thread::Builder::new()
+            .name("pump".into())
+            .spawn(move || pump.run())
+            .map_err(|e| Refusal::new(RefusalCode::Local, format!("no thread for the pages: {e}")))?;
+        self.started = Instant::now();
+        Ok(())
+    }
+
+    /// After a restart: what the disk says, checked against the primary.
+    pub(super) fn recover(&mut self, durable: Durable) {
+        urgent::calm(self.plan.process);
+        let primary = ask_primary(self.plan.process, self.qmp.as_ref());
+        let primary = primary.unwrap_or_else(|e| {
+            tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
+            Primary::Stopped
+        });
+        let (machine, actions) = Machine::resume(durable, primary == Primary::Stopped, primary == Primary::Gone);
+        self.machine = machine;
+        self.perform(actions);
+        // Behind what lets the guest run on: what is left of mirrors is in nobody's way.
+        if let Some(qmp) = self
+            .qmp
+            .as_ref()
+            .filter(|_| !matches!(durable, Durable::HandedOver { .. }))
+        {
+            mirror::sweep(qmp);
+        }
+        self.publish();
+    }
+}
