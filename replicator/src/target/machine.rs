@@ -342,15 +342,7 @@ impl Machine {
                 Some(State::Fencing { epoch: fence }),
                 vec![Action::Write(Durable::Fenced { epoch: fence })],
             ),
-            State::Exited { .. } => (
-                Some(State::Discarded {
-                    error: Some(Refusal::new(RefusalCode::PeerRefused, FENCED)),
-                }),
-                vec![
-                    Action::Write(Durable::Aborted { epoch: fence }),
-                    Action::SayAborted { epoch: fence },
-                ],
-            ),
+            // One that ran and has exited too: its source gets the VM by an operator's word.
             _ => (
                 Some(State::Aborting { epoch: fence }),
                 vec![Action::Write(Durable::Aborted { epoch: fence })],
@@ -613,6 +605,15 @@ mod tests {
                 assert_eq!(m.apply(asked), [Action::SayRunning { epoch: E }]);
             }
             assert_eq!(m.phase(), Phase::Released);
+            // An operator gives the VM to the other side: on disk before it is said.
+            let fence = Epoch(9);
+            let fenced = Input::Fence {
+                epoch: fence,
+                dead: false,
+            };
+            assert_eq!(m.apply(fenced), [Action::Write(Durable::Aborted { epoch: fence })]);
+            let said = [Action::Discard, Action::SayAborted { epoch: fence }];
+            assert_eq!(m.apply(Input::Written), said);
         }
     }
 
