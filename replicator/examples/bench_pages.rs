@@ -1,18 +1,22 @@
 //! What packing and unpacking a page costs, by kind: `cargo run --release --example bench_pages -- [--quick] [--json FILE]`.
 //!
-//! Rounds of 256 scattered pages, as a last pass has them, each changed in its own way since it was sent; `peer` is the same
+//! Rounds of 256 pages, scattered as in a last pass or neighbours, each changed in its own way since it was sent; `peer` is the same
 //! round through zstd's level 1 alone, with no table of hashes and no cache, as it was before there were any. `encode_ns` is the
 //! source's time a page up to the finished batch, `decode_ns` the target's until it is in the shadow's RAM, `bytes` what it takes.
+//! The shadow's RAM is a file on tmpfs, reached as a QEMU's is, but that the process that has it mapped is this one.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser as _;
+use memmap2::{MmapOptions, MmapRaw};
 use serde_json::{Value, json};
 use umbra_api::wire::setup::{Block, StreamSetup};
 use umbra_replicator::encode::{Decoder, Encoder, Settings};
-use umbra_replicator::ram::ShadowRam;
+use umbra_replicator::proc::ProcessId;
+use umbra_replicator::ram::{RamFile, ShadowRam};
 
 const PAGES: u64 = 4096;
 const ROUND: u64 = 256;
@@ -33,14 +37,18 @@ struct Cli {
 /// How a page is changed in round `n`.
 type Change = fn(&mut Page, u64);
 
-const CASES: [(&str, Change); 5] = [
-    ("zero", |p, _| *p = [0; 4096]),
-    ("same", |_, _| {}),
-    ("counter", |p, n| put(p, 1000, n)),
-    ("every 256th byte", |p, n| {
+const SCATTERED: u64 = 13;
+
+/// Name, distance from one page to the next, and change.
+const CASES: [(&str, u64, Change); 6] = [
+    ("zero", SCATTERED, |p, _| *p = [0; 4096]),
+    ("same", SCATTERED, |_, _| {}),
+    ("counter", SCATTERED, |p, n| put(p, 1000, n)),
+    ("every 256th byte", SCATTERED, |p, n| {
         (0..16).for_each(|i| p[i * 256] = (n / ROUND + i as u64) as u8)
     }),
-    ("text, rewritten", |p, n| text(p, n * 977)),
+    ("text, rewritten", SCATTERED, |p, n| text(p, n * 977)),
+    ("text, neighbours", 1, |p, n| text(p, n * 977)),
 ];
 
 fn put(page: &mut Page, at: usize, n: u64) {
@@ -71,6 +79,8 @@ struct Ends {
     encoder: Encoder,
     decoder: Decoder,
     ram: ShadowRam,
+    _theirs: MmapRaw,
+    _dir: tempfile::TempDir,
 }
 
 impl Ends {
@@ -85,6 +95,12 @@ impl Ends {
                 bytes: PAGES << 12,
             }],
         };
+        let dir = tempfile::tempdir_in("/dev/shm")?;
+        let path = dir.path().join("ram");
+        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+        file.set_len(PAGES << 12)?;
+        let theirs = MmapOptions::new().map_raw(&file)?;
+        let ram = RamFile::of_shadow(&path, PAGES << 12, ProcessId::of(std::process::id() as i32)?)?;
         let mut encoder = Encoder::new(Settings {
             level_min: 1,
             level_max: 1,
@@ -96,7 +112,9 @@ impl Ends {
         Ok(Self {
             encoder,
             decoder: Decoder::new()?,
-            ram: ShadowRam::new(&setup, vec![])?,
+            ram: ShadowRam::new(&setup, vec![("pc.ram".into(), ram)])?,
+            _theirs: theirs,
+            _dir: dir,
         })
     }
 
@@ -128,13 +146,13 @@ impl Ends {
     }
 }
 
-fn measure(change: Change, known: bool, rounds: u64) -> Result<[f64; 3]> {
+fn measure(step: u64, change: Change, known: bool, rounds: u64) -> Result<[f64; 3]> {
     let mut ends = Ends::new(known)?;
     let mut pages: Vec<(u64, Page)> = (0..ROUND)
         .map(|i| {
             let mut page = [0; 4096];
             text(&mut page, i);
-            (i * 13 % PAGES, page)
+            (i * step % PAGES, page)
         })
         .collect();
     let mut seen = Vec::new();
@@ -160,8 +178,11 @@ fn main() -> Result<()> {
     let rounds = if cli.quick { 50 } else { 400 };
     let mut rows: Vec<Value> = Vec::new();
     println!("{:<18} {:<10} {:>10} {:>12}", "case", "metric", "ours", "zstd alone");
-    for (case, change) in CASES {
-        let (ours, peer) = (measure(change, true, rounds)?, measure(change, false, rounds)?);
+    for (case, step, change) in CASES {
+        let (ours, peer) = (
+            measure(step, change, true, rounds)?,
+            measure(step, change, false, rounds)?,
+        );
         let names = [("encode_ns", "ns/page"), ("decode_ns", "ns/page"), ("bytes", "B/page")];
         for ((metric, unit), (ours, peer)) in names.into_iter().zip(ours.into_iter().zip(peer)) {
             println!("{case:<18} {metric:<10} {ours:>10.1} {peer:>12.1}");
