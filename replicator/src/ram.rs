@@ -3,8 +3,8 @@
 //! A file is sparse where the guest's pages are zero, so that a shadow costs the target what the guest uses. Reading a hole
 //! of a mapped tmpfs file would fill it, so which pages are there is known from a bitmap and not by looking.
 //!
-//! While the shadow waits with `-S` and `-incoming`, its QEMU does not touch these files; this process is their only writer,
-//! through QEMU's own mapping ([`crate::memory::window`]).
+//! While the shadow waits with `-S` and `-incoming`, its QEMU does not touch these files; this process is their only writer:
+//! new pages are made through QEMU's own mapping ([`crate::memory::window`]).
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -132,12 +132,13 @@ impl RamFile {
         }
     }
 
-    /// False if there is no such page.
-    fn write(&mut self, page: u64, data: &Page) -> Result<bool, RamError> {
-        let Some(page) = self.number(page) else {
+    /// Neighbouring pages. False, and nothing written, if one of them is none of this file's.
+    fn write(&mut self, first: u64, data: &[Page]) -> Result<bool, RamError> {
+        let last = first.saturating_add(data.len() as u64).saturating_sub(1);
+        let (Some(first), Some(_)) = (self.number(first), self.number(last)) else {
             return Ok(false);
         };
-        self.pages.write(page, data).map(|()| true).map_err(|e| self.failed(e))
+        self.pages.write(first, data).map(|()| true).map_err(|e| self.failed(e))
     }
 
     fn zero(&mut self, page: u64) -> Result<bool, RamError> {
@@ -147,7 +148,7 @@ impl RamFile {
         if !self.pages.present.get(number) || self.pages.forget(number) {
             return Ok(true);
         }
-        self.write(page, &ZERO_PAGE)
+        self.write(page, &[ZERO_PAGE])
     }
 
     /// Copies a page out; false if there is no such page.
@@ -159,7 +160,7 @@ impl RamFile {
             *into = ZERO_PAGE;
             return Ok(true);
         }
-        let read = self.pages.window.read(page * PAGE_SIZE, into);
+        let read = self.pages.read(page, into);
         read.map(|()| true).map_err(|e| self.failed(e))
     }
 }
@@ -266,13 +267,19 @@ impl ShadowRam {
     }
 
     pub fn write_page(&mut self, block: u16, page: u64, data: &Page) -> Result<(), RamError> {
+        self.write_pages(block, page, std::slice::from_ref(data))
+    }
+
+    /// Neighbouring pages: one system call for all of them.
+    pub fn write_pages(&mut self, block: u16, first: u64, data: &[Page]) -> Result<(), RamError> {
         self.clock += 1;
         let wrote = match self.blocks.get_mut(usize::from(block)) {
-            Some(Place::File(f)) => f.write(page, data)?,
-            Some(Place::Small(s)) => s.write(page, data, self.clock),
+            Some(Place::File(f)) => f.write(first, data)?,
+            Some(Place::Small(s)) => (first..).zip(data).all(|(page, data)| s.write(page, data, self.clock)),
             None => false,
         };
-        self.checked(wrote, block, page)
+        let last = first.saturating_add(data.len() as u64).saturating_sub(1);
+        self.checked(wrote, block, last)
     }
 
     pub fn zero_page(&mut self, block: u16, page: u64) -> Result<(), RamError> {
@@ -413,7 +420,7 @@ mod tests {
         let path = f.path().to_owned();
         assert!(f.zero(3).unwrap() && f.zero(15).unwrap());
         assert_eq!((on_disk(&path), f.present_bytes()), (0, 0));
-        assert!(f.write(3, &[7; PAGE_SIZE]).unwrap() && f.write(4, &[8; PAGE_SIZE]).unwrap());
+        assert!(f.write(3, &[[7; PAGE_SIZE], [8; PAGE_SIZE]]).unwrap());
         assert_eq!((on_disk(&path), f.present_bytes()), (8192, 8192));
         let mut page = [0; PAGE_SIZE];
         f.pages.file().read_exact_at(&mut page, 4 << 12).unwrap();
@@ -426,7 +433,7 @@ mod tests {
         }
         assert_eq!(on_disk(&path), 4096);
         for n in [16, u64::MAX, u64::MAX >> 12] {
-            assert!(!f.write(n, &page).unwrap() && !f.zero(n).unwrap() && !f.read(n, &mut page).unwrap());
+            assert!(!f.write(n, &[page]).unwrap() && !f.zero(n).unwrap() && !f.read(n, &mut page).unwrap());
         }
     }
 
@@ -453,7 +460,7 @@ mod tests {
     #[test]
     fn an_existing_file_is_known_again() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        assert!(file(&dir, "ram", 200).write(130, &[9; PAGE_SIZE]).unwrap());
+        assert!(file(&dir, "ram", 200).write(130, &[[9; PAGE_SIZE]]).unwrap());
         let mut f = file(&dir, "ram", 200);
         assert_eq!(f.present_bytes(), 4096);
         let mut page = [0; PAGE_SIZE];

@@ -158,18 +158,6 @@ impl<'a> Reader<'a> {
         Ok(out)
     }
 
-    /// The next bytes, in place.
-    fn chunk<const N: usize>(&mut self) -> Result<&'a [u8; N], WireError> {
-        let have = self.bytes.len();
-        let (head, tail) = self.bytes.split_first_chunk().ok_or(WireError::Truncated {
-            what: self.what,
-            need: N,
-            have,
-        })?;
-        self.bytes = tail;
-        Ok(head)
-    }
-
     fn u16(&mut self) -> Result<u16, WireError> {
         self.array().map(u16::from_le_bytes)
     }

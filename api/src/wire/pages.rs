@@ -294,10 +294,10 @@ impl RunReader<'_> {
     }
 }
 
-/// What a batch tells of one page.
+/// What a batch tells of a page, or of whole ones that are neighbours.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PageData<'a> {
-    Full(&'a [u8; PAGE_SIZE]),
+    Full(&'a [[u8; PAGE_SIZE]]),
     Zero,
     Known { block: u16, page: u64 },
     Delta(&'a [u8]),
@@ -311,7 +311,8 @@ pub struct Pages<'a> {
 }
 
 impl<'a> Pages<'a> {
-    pub fn next_page(&mut self) -> Result<Option<(u64, PageData<'a>)>, WireError> {
+    /// With the number of the first. Whole pages come as many at once as follow each other.
+    pub fn next_pages(&mut self) -> Result<Option<(u64, PageData<'a>)>, WireError> {
         let run = match self.run.take() {
             Some(run) => run,
             None => match self.runs.next_run()? {
@@ -325,15 +326,22 @@ impl<'a> Pages<'a> {
                 }
             },
         };
-        if run.count > 1 {
+        let told = match run.kind {
+            PageKind::Full => run.count,
+            _ => 1,
+        };
+        if run.count > told {
             self.run = Some(Run {
-                first: run.first + 1,
-                count: run.count - 1,
+                first: run.first + told,
+                count: run.count - told,
                 ..run
             });
         }
         let data = match run.kind {
-            PageKind::Full => PageData::Full(self.data.chunk()?),
+            PageKind::Full => {
+                let bytes = self.data.take((told as usize).saturating_mul(PAGE_SIZE))?;
+                PageData::Full(bytes.as_chunks().0)
+            }
             PageKind::Zero => PageData::Zero,
             PageKind::Known => {
                 let n = self.data.u64()?;
@@ -411,9 +419,12 @@ mod tests {
 
     fn read(b: &Batch<'_>) -> Result<Vec<(u64, Told)>, WireError> {
         let (mut pages, mut out) = (b.pages(b.data), Vec::new());
-        while let Some((page, data)) = pages.next_page()? {
+        while let Some((page, data)) = pages.next_pages()? {
             let told = match data {
-                PageData::Full(p) => Told::Full(p[PAGE_SIZE - 1]),
+                PageData::Full(all) => {
+                    out.extend((page..).zip(all).map(|(n, p)| (n, Told::Full(p[PAGE_SIZE - 1]))));
+                    continue;
+                }
                 PageData::Zero => Told::Zero,
                 PageData::Known { block, page } => Told::Known(block, page),
                 PageData::Delta(d) => Told::Delta(d.to_vec()),

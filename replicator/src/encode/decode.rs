@@ -9,7 +9,6 @@ use zstd::bulk::Decompressor;
 
 use super::delta;
 use crate::ram::{RamError, ShadowRam};
-use crate::stream::Page;
 use crate::stream::items::PAGE_SIZE;
 
 /// Why a batch was not applied. Some of its pages may be written; the copy is of no use any more.
@@ -65,7 +64,8 @@ impl Decoder {
         let block = batch.block;
         let mut sum = Xxh3::with_seed(u64::from(block));
         let (mut pages, mut done, mut last) = (batch.pages(data), Applied::default(), 0);
-        while let Some((page, told)) = pages.next_page()? {
+        let mut whole = [0; PAGE_SIZE];
+        while let Some((page, told)) = pages.next_pages()? {
             match told {
                 PageData::Zero => {
                     ram.zero_page(block, page)?;
@@ -73,21 +73,22 @@ impl Decoder {
                     continue;
                 }
                 PageData::Full(data) => {
-                    ram.write_page(block, page, data)?;
-                    sum.update(data);
+                    ram.write_pages(block, page, data)?;
+                    sum.update(data.as_flattened());
+                    done.pages += data.len() as u64;
+                    last = page;
+                    continue;
                 }
                 PageData::Known { block: from, page: at } => {
-                    let data = read(ram, from, at)?;
-                    ram.write_page(block, page, &data)?;
-                    sum.update(&data);
+                    ram.read_page(from, at, &mut whole)?;
                 }
                 PageData::Delta(change) => {
-                    let mut data = read(ram, block, page)?;
-                    delta::apply(&mut data, change).ok_or(ApplyError::Delta { block, page })?;
-                    ram.write_page(block, page, &data)?;
-                    sum.update(&data);
+                    ram.read_page(block, page, &mut whole)?;
+                    delta::apply(&mut whole, change).ok_or(ApplyError::Delta { block, page })?;
                 }
             }
+            ram.write_page(block, page, &whole)?;
+            sum.update(&whole);
             done.pages += 1;
             last = page;
         }
@@ -119,10 +120,4 @@ impl Decoder {
             _ => Err(ApplyError::Length { have, want }),
         }
     }
-}
-
-fn read(ram: &ShadowRam, block: u16, page: u64) -> Result<Page, RamError> {
-    let mut data = [0; PAGE_SIZE];
-    ram.read_page(block, page, &mut data)?;
-    Ok(data)
 }

@@ -299,7 +299,7 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
     /// How long it worked.
     fn shrink(&mut self, resident: u64, limit: u64) -> io::Result<Duration> {
         let mut worked = Duration::ZERO;
-        if self.files.iter().any(|f| !f.swappable) {
+        if self.files.iter().any(|f| !f.small) {
             self.told.not_shrunk = Some("ram_dir has huge pages, which are never swapped".into());
             return Ok(worked);
         }
