@@ -16,7 +16,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread;
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use umbra_api::VmId;
@@ -94,7 +94,7 @@ enum Command {
 struct Signals {
     /// A stopped guest waits: nothing is done.
     held: AtomicBool,
-    /// Counts commands: a new one ends the work for the old.
+    /// Counts commands before they are sent: one that was not taken yet ends the work for the old.
     news: AtomicU64,
 }
 
@@ -102,6 +102,7 @@ struct Signals {
 pub struct Keeper {
     commands: Sender<Command>,
     signals: Arc<Signals>,
+    thread: Thread,
 }
 
 impl Keeper {
@@ -123,16 +124,21 @@ impl Keeper {
             inbox,
             signals: signals.clone(),
             tell,
+            taken: 0,
             goal: None,
             told: ShadowMemory::default(),
             aged: Instant::now(),
             heat: Vec::new(),
             resident: Vec::new(),
         };
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("memory".into())
             .spawn(move || worker.run())?;
-        Ok(Self { commands, signals })
+        Ok(Self {
+            commands,
+            signals,
+            thread: thread.thread().clone(),
+        })
     }
 
     pub fn set(&self, tier: Tier, peak: Peak) {
@@ -140,9 +146,11 @@ impl Keeper {
         self.send(Command::Tier { tier, peak, asked });
     }
 
-    /// Until the VM runs or the shadow goes, nothing more is swapped in or out: at most one piece that was begun.
+    /// Until the VM runs or the shadow goes, nothing more is swapped in or out: at most one piece, or the reclaim of one step, that
+    /// was begun.
     pub fn hold(&self) {
         self.signals.held.store(true, SeqCst);
+        self.thread.unpark();
     }
 
     /// The VM runs here: all that is its own comes back.
@@ -155,12 +163,14 @@ impl Keeper {
         self.signals.news.fetch_add(1, SeqCst);
         // A thread that has ended has nothing left to do.
         let _ = self.commands.send(command);
+        self.thread.unpark();
     }
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.signals.news.fetch_add(1, SeqCst);
+        self.thread.unpark();
     }
 }
 
@@ -183,6 +193,8 @@ struct Worker<T> {
     inbox: Receiver<Command>,
     signals: Arc<Signals>,
     tell: T,
+    /// Of the commands that [`Signals::news`] counts.
+    taken: u64,
     goal: Option<Goal>,
     told: ShadowMemory,
     aged: Instant,
@@ -223,6 +235,7 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
     }
 
     fn take(&mut self, command: Command) {
+        self.taken += 1;
         let (tier, peak, asked, last) = match command {
             Command::Tier { tier, peak, asked } => (tier, peak, asked, false),
             Command::Runs { asked } => (Tier::Active, Peak::default(), asked, true),
@@ -282,12 +295,8 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
         Ok((resident, used))
     }
 
-    fn news(&self) -> u64 {
-        self.signals.news.load(SeqCst)
-    }
-
-    fn interrupted(&self, since: u64) -> bool {
-        self.signals.held.load(SeqCst) || self.news() != since
+    fn interrupted(&self) -> bool {
+        self.signals.held.load(SeqCst) || self.signals.news.load(SeqCst) != self.taken
     }
 
     /// Each file's part of `bytes`, in pages, by how much of the guest it has.
@@ -309,20 +318,20 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
             return Ok(worked);
         }
         let excess = (resident - limit).min(swap.room());
-        let (news, again) = (self.news(), self.goal.as_ref().is_some_and(|g| g.shrunk));
+        let again = self.goal.as_ref().is_some_and(|g| g.shrunk);
         let budget = if again { REST_MAX / REST_PER_WORK } else { Duration::MAX };
         for file in self.files.clone() {
             file.window.resident(&mut self.resident)?;
             file.heat.copy_to(&mut self.heat);
             let want = Self::part(&file, excess, self.told.used_bytes);
             let runs = plan::coldest(&self.heat, &self.resident, want);
-            worked += self.page_out(&file, &runs, budget)?;
+            worked += self.page_out(&file, &runs, budget.saturating_sub(worked))?;
         }
         if let Some(file) = self.files.first() {
             let own = file.window.fetch_own()?;
             tracing::debug!(vm = %self.vm, pages = own, "QEMU's own memory is back");
         }
-        let complete = !self.interrupted(news);
+        let complete = !self.interrupted();
         if let Some(goal) = &mut self.goal {
             goal.shrunk |= complete;
         }
@@ -333,15 +342,14 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
 
     fn page_out(&self, file: &Pages, runs: &[Run], budget: Duration) -> io::Result<Duration> {
         let mut worked = Duration::ZERO;
-        let news = self.news();
         let mut pieces = plan::pieces(runs, PIECE_PAGES).peekable();
-        while pieces.peek().is_some() && worked < budget && !self.interrupted(news) {
+        while pieces.peek().is_some() && worked < budget && !self.interrupted() {
             let begun = Instant::now();
             let before = self.charged()?;
             let mut bytes = 0;
             while bytes < STEP_BYTES
                 && worked + begun.elapsed() < budget
-                && !self.interrupted(news)
+                && !self.interrupted()
                 && let Some(run) = pieces.next()
             {
                 file.page_out(run)?;
@@ -354,12 +362,21 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
             let step = begun.elapsed();
             worked += step;
             // The first time all of the guest goes; others want the disk too.
-            thread::sleep(step.clamp(WRITTEN, REST));
-            if !self.interrupted(news) {
+            self.pause(step.clamp(WRITTEN, REST));
+            if !self.interrupted() {
                 worked += self.reclaim(left.unwrap_or(0))?;
             }
         }
         Ok(worked)
+    }
+
+    /// Sleeps, unless something is or becomes more urgent.
+    fn pause(&self, time: Duration) {
+        let until = Instant::now() + time;
+        let left = || Some(until.saturating_duration_since(Instant::now())).filter(|l| !l.is_zero());
+        while let Some(left) = left().filter(|_| !self.interrupted()) {
+            thread::park_timeout(left);
+        }
     }
 
     /// Pages that were written by now are reclaimed first; too early, it would be QEMU's own memory, which a switchover needs.
@@ -382,7 +399,6 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
 
     /// Reads back what the tier allows.
     fn rise(&mut self, limit: Option<u64>, asked: Instant) -> io::Result<()> {
-        let news = self.news();
         let used = self.told.used_bytes;
         let want = limit.unwrap_or(used).min(used).saturating_sub(self.told.resident_bytes);
         let mut scratch = vec![0; PIECE_PAGES * PAGE_SIZE];
@@ -391,13 +407,13 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
             file.heat.copy_to(&mut self.heat);
             let want = Self::part(&file, want, used);
             let runs = plan::hottest(&self.heat, &self.resident, |p| file.present.get(p), want);
-            let read = self.fetch(&file, &runs, news, &mut scratch)?;
+            let read = self.fetch(&file, &runs, &mut scratch)?;
             if let Some(goal) = &mut self.goal {
                 goal.read_bytes += read;
             }
         }
         (self.told.resident_bytes, self.told.used_bytes) = self.look()?;
-        if self.interrupted(news) {
+        if self.interrupted() {
             return Ok(());
         }
         if let Some(goal) = &mut self.goal {
@@ -415,7 +431,7 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
     }
 
     /// Bytes that were read, up to when something else became more urgent.
-    fn fetch(&self, file: &Pages, runs: &[Run], news: u64, scratch: &mut [u8]) -> io::Result<u64> {
+    fn fetch(&self, file: &Pages, runs: &[Run], scratch: &mut [u8]) -> io::Result<u64> {
         let pieces: Vec<Run> = plan::pieces(runs, PIECE_PAGES).collect();
         let mut read = 0;
         // All reads of a step are begun before the first is waited for.
@@ -425,7 +441,7 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
                 let _ = file.window.will_need(*run);
             }
             for run in step {
-                if self.interrupted(news) {
+                if self.interrupted() {
                     return Ok(read);
                 }
                 file.fetch(*run, scratch)?;
@@ -433,5 +449,63 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
             }
         }
         Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::window::Window;
+
+    fn worker(files: Vec<Arc<Pages>>) -> Worker<impl Fn(&ShadowMemory)> {
+        Worker {
+            vm: VmId(uuid::Uuid::nil()),
+            files,
+            group: None,
+            shares: Shares::default(),
+            inbox: channel().1,
+            signals: Arc::default(),
+            tell: |_: &_| {},
+            taken: 0,
+            goal: None,
+            told: ShadowMemory::default(),
+            aged: Instant::now(),
+            heat: Vec::new(),
+            resident: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_command_ends_the_work_before_it_is_taken() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("ram");
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path);
+        let file = file.unwrap();
+        file.set_len(8 << 12).unwrap();
+        let window = Window::own(&file).unwrap();
+        let pages = Arc::new(Pages::new(&path, file, window, true));
+        pages.write(0, &[[1; PAGE_SIZE]; 8]).unwrap();
+        let mut w = worker(vec![pages.clone()]);
+        let runs = [Run { first: 0, pages: 8 }];
+        assert!(w.page_out(&pages, &runs, Duration::MAX).unwrap() > Duration::ZERO);
+        assert_eq!(w.fetch(&pages, &runs, &mut [0; 8 * PAGE_SIZE]).unwrap(), 8 * PAGE);
+
+        let (signals, sleeper) = (w.signals.clone(), thread::current());
+        let sender = thread::spawn(move || {
+            signals.news.fetch_add(1, SeqCst);
+            sleeper.unpark();
+        });
+        let begun = Instant::now();
+        w.pause(Duration::from_secs(600));
+        assert!(begun.elapsed() < Duration::from_secs(300));
+        sender.join().unwrap();
+        assert_eq!(w.page_out(&pages, &runs, Duration::MAX).unwrap(), Duration::ZERO);
+        assert_eq!(w.fetch(&pages, &runs, &mut [0; 8 * PAGE_SIZE]).unwrap(), 0);
+        w.take(Command::Runs { asked: begun });
+        assert!(!w.interrupted());
     }
 }

@@ -88,7 +88,7 @@ pub fn hottest(heat: &[u8], resident: &[bool], present: impl Fn(usize) -> bool, 
     runs
 }
 
-/// Cuts runs into pieces of at most so many pages, and takes pieces until they have so many together.
+/// Cuts runs into pieces of at most so many pages.
 pub fn pieces(runs: &[Run], longest: usize) -> impl Iterator<Item = Run> {
     let longest = longest.max(1);
     runs.iter().flat_map(move |run| {
