@@ -25,15 +25,20 @@ const SYNC_EVERY: Duration = Duration::from_secs(5);
 
 /// Shared by who is told and by who needs to know.
 #[derive(Clone, Default)]
-pub struct HandOver(Arc<Mutex<Option<Over>>>);
+pub struct HandOver(Arc<Mutex<State>>);
 
-type Over = JoinHandle<Result<(), String>>;
+#[derive(Default)]
+struct State {
+    begun: bool,
+    /// Until somebody waits for it.
+    over: Option<JoinHandle<Result<(), String>>>,
+}
 
 impl HandOver {
-    /// The source writes nothing more. Said twice, it has begun once.
+    /// The source writes nothing more. Said twice, also when it is over by then, it has begun once.
     pub fn begin(&self, record: &ShadowRecord, qmp: &Client) -> std::io::Result<()> {
-        let mut begun = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if begun.is_some() || record.disks.is_empty() {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.begun || record.disks.is_empty() {
             return Ok(());
         }
         let (record, qmp) = (record.clone(), qmp.clone());
@@ -46,14 +51,15 @@ impl HandOver {
             tracing::info!(vm = %record.vm, ?closed, active = ?began.elapsed(), "the disks are the shadow's");
             Ok(())
         };
-        *begun = Some(std::thread::Builder::new().name("disks-over".into()).spawn(run)?);
+        state.over = Some(std::thread::Builder::new().name("disks-over".into()).spawn(run)?);
+        state.begun = true;
         Ok(())
     }
 
     /// Whether they are the shadow's. Without disks they always are.
     pub fn wait(&self) -> Result<(), String> {
-        let begun = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match begun.map(JoinHandle::join) {
+        let over = self.0.lock().unwrap_or_else(PoisonError::into_inner).over.take();
+        match over.map(JoinHandle::join) {
             None => Ok(()),
             Some(Ok(over)) => over,
             Some(Err(_)) => Err("the thread that hands the disks over panicked".into()),
