@@ -148,15 +148,8 @@ pub fn bridges(spec: &ShadowSpec, cfg: &LaunchConfig) -> Result<Vec<String>, Ref
         .collect()
 }
 
-/// The bridge of one NIC.
-pub fn bridge_of(spec: &ShadowSpec, index: usize, cfg: &LaunchConfig) -> Result<String, Refusal> {
-    match spec.nics.get(index) {
-        Some(nic) => bridge(index, nic, cfg),
-        None => Err(lacks(format!("NIC {index}, which the VM has not"))),
-    }
-}
-
-fn bridge(index: usize, nic: &Nic, cfg: &LaunchConfig) -> Result<String, Refusal> {
+/// The bridge of one NIC, as it is called here.
+pub fn bridge(index: usize, nic: &Nic, cfg: &LaunchConfig) -> Result<String, Refusal> {
     let name = bridge_name(nic, cfg).ok_or_else(|| {
         lacks(format!(
             "a bridge for NIC {index}: the primary's tap {} is a port of none; set default_bridge to name one",

@@ -21,8 +21,8 @@ pub fn lacks(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId) -> Vec<Refusal> {
     note(checks::cpu(spec));
     note(checks::files(spec));
     note(checks::vhost(spec));
-    for n in 0..spec.nics.len() {
-        note(checks::bridge_of(spec, n, cfg).map(|_| ()));
+    for (n, nic) in spec.nics.iter().enumerate() {
+        note(checks::bridge(n, nic, cfg).map(|_| ()));
     }
     note(super::make_dir(&cfg.ram_dir).and_then(|()| checks::memory(spec, &cfg.ram_dir)));
     let record = ShadowRecord::plan(spec, cfg, vm, 0);
@@ -32,32 +32,34 @@ pub fn lacks(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId) -> Vec<Refusal> {
 
 /// QEMU's own list: a machine type that it lacks would only show when the shadow starts.
 fn machine(binary: &Path, spec: &ShadowSpec) -> Result<(), Refusal> {
-    let local = |e: String| Refusal::new(RefusalCode::Local, format!("{} -machine help: {e}", binary.display()));
-    let out = Command::new(binary)
-        .args(["-machine", "help"])
-        .output()
-        .map_err(|e| local(e.to_string()))?;
-    let text = String::from_utf8_lossy(&out.stdout);
-    match has_machine(&text, &spec.machine) {
-        true => Ok(()),
-        false => {
-            let version = Command::new(binary)
-                .arg("--version")
-                .output()
-                .map_err(|e| local(e.to_string()))?;
-            let version = String::from_utf8_lossy(&version.stdout)
-                .lines()
-                .next()
-                .unwrap_or_default()
-                .to_owned();
-            let detail = format!(
-                "no machine type {} in {} ({version}); install the primary's QEMU or a newer one here, or start the VM with an older machine type",
-                spec.machine,
-                binary.display()
-            );
-            Err(Refusal::new(RefusalCode::TargetLacks, detail))
-        }
+    if has_machine(&output(binary, &["-machine", "help"])?, &spec.machine) {
+        return Ok(());
     }
+    let version = output(binary, &["--version"])?;
+    let detail = format!(
+        "no machine type {} in {} ({}); install the primary's QEMU or a newer one here, or start the VM with an older machine type",
+        spec.machine,
+        binary.display(),
+        version.lines().next().unwrap_or_default()
+    );
+    Err(Refusal::new(RefusalCode::TargetLacks, detail))
+}
+
+/// What a program says. One that fails (a library that is missing) has said nothing that counts.
+fn output(binary: &Path, args: &[&str]) -> Result<String, Refusal> {
+    let failed = |e: &dyn std::fmt::Display| {
+        let what = format!("{} {}: {e}", binary.display(), args.join(" "));
+        Refusal::new(RefusalCode::Local, what)
+    };
+    let out = Command::new(binary).args(args).output().map_err(|e| failed(&e))?;
+    if !out.status.success() {
+        return Err(failed(&format!(
+            "{}: {}",
+            out.status,
+            String::from_utf8_lossy(&out.stderr).trim()
+        )));
+    }
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
 fn has_machine(help: &str, wanted: &str) -> bool {
@@ -67,6 +69,14 @@ fn has_machine(help: &str, wanted: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_fails_is_told_in_its_words() {
+        assert_eq!(output(Path::new("/bin/sh"), &["-c", "echo a"]).unwrap(), "a\n");
+        let refusal = output(Path::new("/bin/sh"), &["-c", "echo no libfoo >&2; exit 127"]).unwrap_err();
+        assert_eq!(refusal.code, RefusalCode::Local);
+        assert!(refusal.detail.ends_with("exit status: 127: no libfoo"), "{refusal}");
+    }
 
     #[test]
     fn machine_types_are_found_by_their_whole_name() {
