@@ -3,8 +3,8 @@
 //! v2 takes `cpu.max` ("quota period"), v1 `cpu.cfs_quota_us` with a fixed period. A group is made without a limit; the first
 //! [`set`](Group::set) brings one. How much RAM: [`crate::memory`].
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
@@ -59,10 +59,6 @@ impl Hierarchy {
         pick(&table, controller, has).ok_or(TierError::NoController(controller))
     }
 
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
     fn make(&self, relative: &Path) -> Result<PathBuf, TierError> {
         let mut path = self.mount.clone();
         for component in relative.components() {
@@ -109,30 +105,32 @@ fn mount(line: &str) -> Option<(&str, &str, &str)> {
     Some((after.next()?, after.nth(1)?, before.split(' ').nth(4)?))
 }
 
-/// One shadow's group. Dropping it leaves the group in place: it lives as long as the VM.
+/// One shadow's group in a hierarchy. Dropping it leaves the group in place: it lives as long as the VM.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Group {
+pub struct Cgroup {
     kind: Kind,
     path: PathBuf,
 }
 
-impl Group {
+impl Cgroup {
     /// Makes `parent`/`name`, and `parent` where it is missing.
-    pub fn create(parent: &str, name: &str) -> Result<Self, TierError> {
-        let hierarchy = Hierarchy::detect(CONTROLLER)?;
-        let path = below(&hierarchy, parent, name)?;
+    pub fn create(controller: &'static str, parent: &str, name: &str) -> Result<Self, TierError> {
+        let relative = Path::new(parent).join(name);
+        check_name(&relative)?;
+        let hierarchy = Hierarchy::detect(controller)?;
+        // Once more if another replicator removes the empty parent in between.
+        let path = hierarchy.make(&relative).or_else(|_| hierarchy.make(&relative))?;
         Ok(Self {
             kind: hierarchy.kind,
             path,
         })
     }
 
-    /// The group of a record.
-    pub fn open(path: &Path) -> Self {
-        let kind = if path.join("cpu.cfs_quota_us").exists() {
-            Kind::V1
-        } else {
-            Kind::V2
+    /// The group of a record, by a file that only v1 has.
+    pub fn open(path: &Path, v1_file: &str) -> Self {
+        let kind = match path.join(v1_file).exists() {
+            true => Kind::V1,
+            false => Kind::V2,
         };
         Self {
             kind,
@@ -140,13 +138,55 @@ impl Group {
         }
     }
 
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Moves a process with all its threads.
+    /// Moves a process with all its threads. The memory that it has touched already stays charged where it is.
     pub fn add(&self, pid: i32) -> Result<(), TierError> {
         self.write("cgroup.procs", &pid.to_string())
+    }
+
+    pub fn read(&self, file: &str) -> Result<u64, TierError> {
+        let path = self.path.join(file);
+        let text = fs::read_to_string(&path);
+        let read = text.and_then(|t| t.trim().parse().map_err(io::Error::other));
+        read.map_err(|source| TierError::Io { path, source })
+    }
+
+    /// A file that this kernel lacks is 'not found': asked to create one, a cgroup says 'permission denied'.
+    pub fn write(&self, file: &str, value: &str) -> Result<(), TierError> {
+        let path = self.path.join(file);
+        let opened = OpenOptions::new().write(true).open(&path);
+        let written = opened.and_then(|mut f| f.write_all(value.as_bytes()));
+        written.map_err(|source| TierError::Io { path, source })
+    }
+}
+
+/// The group that holds a shadow's CPU quota.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Group(Cgroup);
+
+impl Group {
+    pub fn create(parent: &str, name: &str) -> Result<Self, TierError> {
+        Cgroup::create(CONTROLLER, parent, name).map(Self)
+    }
+
+    /// The group of a record.
+    pub fn open(path: &Path) -> Self {
+        Self(Cgroup::open(path, "cpu.cfs_quota_us"))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub fn add(&self, pid: i32) -> Result<(), TierError> {
+        self.0.add(pid)
     }
 
     /// Gives the shadow this share of its expected peak.
@@ -160,64 +200,48 @@ impl Group {
     }
 
     fn set_quota(&self, quota_us: Option<u64>) -> Result<(), TierError> {
-        match (self.kind, quota_us) {
-            (Kind::V2, Some(quota)) => self.write("cpu.max", &format!("{quota} {PERIOD_US}")),
-            (Kind::V2, None) => self.write("cpu.max", &format!("max {PERIOD_US}")),
+        match (self.0.kind(), quota_us) {
+            (Kind::V2, Some(quota)) => self.0.write("cpu.max", &format!("{quota} {PERIOD_US}")),
+            (Kind::V2, None) => self.0.write("cpu.max", &format!("max {PERIOD_US}")),
             (Kind::V1, quota) => {
-                self.write("cpu.cfs_period_us", &PERIOD_US.to_string())?;
+                self.0.write("cpu.cfs_period_us", &PERIOD_US.to_string())?;
                 let quota = quota.map_or("-1".to_owned(), |q| q.to_string());
-                self.write("cpu.cfs_quota_us", &quota)
+                self.0.write("cpu.cfs_quota_us", &quota)
             }
         }
     }
-
-    /// Removes the group after its last process is gone.
-    pub fn remove(self) -> Result<(), TierError> {
-        remove_group(self.path)
-    }
-
-    fn write(&self, file: &str, value: &str) -> Result<(), TierError> {
-        let path = self.path.join(file);
-        fs::write(&path, value).map_err(|source| TierError::Io { path, source })
-    }
 }
 
-/// Makes `parent`/`name`, and `parent` where it is missing.
-pub fn below(hierarchy: &Hierarchy, parent: &str, name: &str) -> Result<PathBuf, TierError> {
-    let relative = Path::new(parent).join(name);
-    if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
-        return Err(TierError::Name(relative.display().to_string()));
+/// Relative, and below the hierarchy.
+fn check_name(name: &Path) -> Result<(), TierError> {
+    match name.components().all(|c| matches!(c, Component::Normal(_))) {
+        true => Ok(()),
+        false => Err(TierError::Name(name.display().to_string())),
     }
-    // Once more if another replicator removes the empty parent in between.
-    hierarchy.make(&relative).or_else(|_| hierarchy.make(&relative))
 }
 
 /// Removes a group after its last process is gone.
-pub fn remove_group(path: PathBuf) -> Result<(), TierError> {
+pub fn remove_group(path: &Path) -> Result<(), TierError> {
+    let failed = |source| TierError::Io {
+        path: path.to_owned(),
+        source,
+    };
     for _ in 0..50 {
-        match fs::remove_dir(&path) {
+        match fs::remove_dir(path) {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             // A killed process leaves its group a moment after it is seen dead, and no event tells.
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(10)),
-            Err(source) => return Err(TierError::Io { path, source }),
+            Err(source) => return Err(failed(source)),
         }
     }
-    Err(TierError::Io {
-        path,
-        source: io::Error::from_raw_os_error(libc::EBUSY),
-    })
+    Err(failed(io::Error::from_raw_os_error(libc::EBUSY)))
 }
 
 /// Removes the parent of all shadows' groups if none is left in it: for a host that Umbra leaves. An operator who made it
 /// beforehand, with limits of their own, wants it kept.
 pub fn remove_parent(parent: &str) -> Result<(), TierError> {
-    if !Path::new(parent)
-        .components()
-        .all(|c| matches!(c, Component::Normal(_)))
-    {
-        return Err(TierError::Name(parent.to_owned()));
-    }
+    check_name(Path::new(parent))?;
     for hierarchy in [CONTROLLER, "memory"].map(Hierarchy::detect).into_iter().flatten() {
         let path = hierarchy.mount.join(parent);
         match fs::remove_dir(&path) {

@@ -16,7 +16,7 @@ use umbra_replicator::launch::{Images, discard, launch, records, reopen};
 use umbra_replicator::proc::Scope;
 use umbra_replicator::qmp::{Client, QmpError};
 use umbra_replicator::tap;
-use umbra_replicator::tier::{Group, Hierarchy, remove_parent};
+use umbra_replicator::tier::{Group, Hierarchy, remove_group, remove_parent};
 
 fn vm() -> VmId {
     VmId(uuid::Uuid::new_v4())
@@ -293,7 +293,7 @@ fn tiers_are_quotas_of_the_kernel() {
     assert!(["max", "-1"].contains(&quota().as_str()));
     let path = group.path().to_owned();
     assert_eq!(Group::open(&path), group);
-    group.remove().unwrap();
+    remove_group(&path).unwrap();
     assert!(!path.exists());
     let _ = remove_parent(CGROUP);
 }

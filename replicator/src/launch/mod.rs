@@ -455,7 +455,7 @@ pub fn discard(record: &ShadowRecord, images: Images) -> Result<(), Refusal> {
     for path in record.cgroup.iter().chain(&record.memory_cgroup) {
         note(
             &path.display().to_string(),
-            remove_group(path.clone()).map_err(io::Error::other),
+            remove_group(path).map_err(io::Error::other),
         );
     }
     // The record goes last: as long as something is left, it says what.

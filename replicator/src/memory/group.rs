@@ -1,62 +1,41 @@
 //! The cgroup to which a shadow's memory is charged, and what it is asked to give back.
 
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::tier::{Hierarchy, Kind, TierError, below, remove_group};
+use crate::tier::{Cgroup, Kind, TierError};
 
 const CONTROLLER: &str = "memory";
 /// A limit that is none.
 const V1_NONE: &str = "-1";
 
-/// One shadow's group in the memory hierarchy: on v2 that of its CPU. Dropping it leaves it in place.
+/// One shadow's group in the memory hierarchy: on v2 that of its CPU.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct MemoryGroup {
-    kind: Kind,
-    path: PathBuf,
-}
+pub struct MemoryGroup(Cgroup);
 
 impl MemoryGroup {
     pub fn create(parent: &str, name: &str) -> Result<Self, TierError> {
-        let hierarchy = Hierarchy::detect(CONTROLLER)?;
-        let path = below(&hierarchy, parent, name)?;
-        Ok(Self {
-            kind: hierarchy.kind(),
-            path,
-        })
+        Cgroup::create(CONTROLLER, parent, name).map(Self)
     }
 
     /// The group of a record.
     pub fn open(path: &Path) -> Self {
-        let kind = match path.join("memory.limit_in_bytes").exists() {
-            true => Kind::V1,
-            false => Kind::V2,
-        };
-        Self {
-            kind,
-            path: path.to_owned(),
-        }
+        Self(Cgroup::open(path, "memory.limit_in_bytes"))
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        self.0.path()
     }
 
-    /// A process with all its threads. What it has touched already stays charged where it is.
     pub fn add(&self, pid: i32) -> Result<(), TierError> {
-        self.write("cgroup.procs", &pid.to_string())
+        self.0.add(pid)
     }
 
     pub fn usage(&self) -> Result<u64, TierError> {
-        let file = match self.kind {
+        self.0.read(match self.0.kind() {
             Kind::V1 => "memory.usage_in_bytes",
             Kind::V2 => "memory.current",
-        };
-        let path = self.path.join(file);
-        let text = fs::read_to_string(&path);
-        let read = text.and_then(|t| t.trim().parse().map_err(io::Error::other));
-        read.map_err(|source| TierError::Io { path, source })
+        })
     }
 
     /// Lets the kernel take back RAM until no more than this is charged. No limit stays behind: one that outlived its purpose
@@ -66,16 +45,16 @@ impl MemoryGroup {
         if excess == 0 {
             return Ok(());
         }
-        match self.kind {
+        match self.0.kind() {
             Kind::V1 => {
-                let shrunk = self.write("memory.limit_in_bytes", &bytes.to_string());
+                let shrunk = self.0.write("memory.limit_in_bytes", &bytes.to_string());
                 self.lift()?;
                 less_is_fine(shrunk)
             }
-            Kind::V2 => match self.write("memory.reclaim", &excess.to_string()) {
+            Kind::V2 => match self.0.write("memory.reclaim", &excess.to_string()) {
                 // Before Linux 5.19.
                 Err(TierError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    let shrunk = self.write("memory.high", &bytes.to_string());
+                    let shrunk = self.0.write("memory.high", &bytes.to_string());
                     self.lift()?;
                     less_is_fine(shrunk)
                 }
@@ -86,19 +65,10 @@ impl MemoryGroup {
 
     /// Removes a limit that a replicator left which died over it.
     pub fn lift(&self) -> Result<(), TierError> {
-        match self.kind {
-            Kind::V1 => self.write("memory.limit_in_bytes", V1_NONE),
-            Kind::V2 => self.write("memory.high", "max"),
+        match self.0.kind() {
+            Kind::V1 => self.0.write("memory.limit_in_bytes", V1_NONE),
+            Kind::V2 => self.0.write("memory.high", "max"),
         }
-    }
-
-    pub fn remove(self) -> Result<(), TierError> {
-        remove_group(self.path)
-    }
-
-    fn write(&self, file: &str, value: &str) -> Result<(), TierError> {
-        let path = self.path.join(file);
-        fs::write(&path, value).map_err(|source| TierError::Io { path, source })
     }
 }
 
@@ -111,5 +81,28 @@ fn less_is_fine(written: Result<(), TierError>) -> Result<(), TierError> {
             Ok(())
         }
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As on v2 before Linux 5.19, which had no `memory.reclaim`.
+    #[test]
+    fn without_reclaim_a_limit_is_set_and_lifted() {
+        let dir = tempfile::tempdir().unwrap();
+        for (file, text) in [("memory.current", "500\n"), ("memory.high", "max\n")] {
+            std::fs::write(dir.path().join(file), text).unwrap();
+        }
+        let group = MemoryGroup::open(dir.path());
+        group.reclaim_to(600).unwrap();
+        group.reclaim_to(70).unwrap();
+        let high = || std::fs::read_to_string(dir.path().join("memory.high")).unwrap();
+        assert_eq!(high(), "max\n");
+        assert!(!dir.path().join("memory.reclaim").exists());
+        std::fs::remove_file(dir.path().join("memory.high")).unwrap();
+        let e = group.reclaim_to(70).unwrap_err().to_string();
+        assert!(e.contains("memory.high"), "{e}");
     }
 }
