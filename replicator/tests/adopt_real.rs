@@ -2,8 +2,7 @@
 
 mod support;
 
-use support::{Primary, Site, bridge_and_tap, in_namespace, skipped, status};
-use umbra_api::VmId;
+use support::{Primary, bridge_and_tap, on_site, status};
 use umbra_api::adopt::Finding;
 use umbra_api::order::RefusalCode;
 use umbra_api::wire::control::HostCpu;
@@ -11,18 +10,9 @@ use umbra_replicator::adopt::{Storage, adopt, check};
 use umbra_replicator::launch::lacks;
 use umbra_replicator::proc::Scope;
 
-fn vm() -> VmId {
-    VmId(uuid::Uuid::new_v4())
-}
-
 #[test]
 fn everything_that_stands_in_the_way_is_told_at_once() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let vm = vm();
+    on_site(|site, vm| {
         let _primary = Primary::start(
             &site,
             vm,
@@ -52,12 +42,7 @@ fn everything_that_stands_in_the_way_is_told_at_once() {
 
 #[test]
 fn what_a_target_lacks_is_told_at_once_and_nothing_is_started() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let vm = vm();
+    on_site(|site, vm| {
         bridge_and_tap("qbr0", "qt0");
         let _primary = Primary::start(
             &site,

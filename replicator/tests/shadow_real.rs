@@ -8,7 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::{CGROUP, PATIENCE, Primary, Site, assert_gone, bridge_and_tap, in_namespace, skipped, status};
+use support::{
+    CGROUP, PATIENCE, Primary, Site, assert_gone, bridge_and_tap, in_namespace, new_vm, on_site, skipped, status,
+};
 use umbra_api::VmId;
 use umbra_api::order::{Peak, RefusalCode, Tier};
 use umbra_replicator::adopt::{Storage, adopt};
@@ -18,18 +20,9 @@ use umbra_replicator::qmp::{Client, QmpError};
 use umbra_replicator::tap;
 use umbra_replicator::tier::{Group, Hierarchy, remove_group, remove_parent};
 
-fn vm() -> VmId {
-    VmId(uuid::Uuid::new_v4())
-}
-
 #[test]
 fn a_plain_qemu_is_adopted_and_its_shadow_comes_and_goes_whole() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let vm = vm();
+    on_site(|site, vm| {
         bridge_and_tap("qbr0", "qt0");
         let serial = site.path("web.ser");
         let primary = Primary::start(
@@ -80,12 +73,7 @@ fn a_plain_qemu_is_adopted_and_its_shadow_comes_and_goes_whole() {
 /// The stock stream instead of ours: what is tested is that the command line fits and that a former shadow is adoptable.
 #[test]
 fn a_shadow_takes_over_and_is_adopted_in_turn() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let vm = vm();
+    on_site(|site, vm| {
         let ram = site.ram("primary");
         std::fs::File::create(&ram).unwrap().set_len(64 << 20).unwrap();
         let primary = Primary::start(
@@ -151,12 +139,7 @@ fn a_shadow_takes_over_and_is_adopted_in_turn() {
 
 #[test]
 fn monitors_that_are_busy_gone_or_missing() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let vm = vm();
+    on_site(|site, vm| {
         let second = site.path("second.qmp");
         let args = format!("-M q35 -m 32 -qmp unix:{},server=on,wait=off", second.display());
         let mut primary = Primary::start(&site, vm, "busy", &args);
@@ -186,12 +169,8 @@ fn monitors_that_are_busy_gone_or_missing() {
 
 #[test]
 fn a_killed_qemu_wakes_who_waits_for_it() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let mut primary = Primary::start(&site, vm(), "dies", "-M q35 -m 32");
+    on_site(|site, vm| {
+        let mut primary = Primary::start(&site, vm, "dies", "-M q35 -m 32");
         let client = Client::connect(&primary.qmp, PATIENCE).unwrap();
         let mark = client.mark();
         let waiter = client.clone();
@@ -207,12 +186,7 @@ fn a_killed_qemu_wakes_who_waits_for_it() {
 
 #[test]
 fn what_the_target_lacks_is_named_and_nothing_stays() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let site = Site::new();
-        let vm = vm();
+    on_site(|site, vm| {
         bridge_and_tap("qbr1", "qt1");
         let primary = Primary::start(
             &site,
@@ -325,7 +299,7 @@ fn a_dead_replicator_leaves_nothing_that_is_not_on_record() {
         return;
     }
     let site = Site::new();
-    let vm = vm();
+    let vm = new_vm();
     let _primary = Primary::start(&site, vm, "survives", "-M q35 -m 32");
     let config = json!([vm.to_string(), site.cfg.run_dir, site.cfg.ram_dir]);
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -372,12 +346,7 @@ fn image(path: &std::path::Path, format: &str, mib: u64) {
 
 #[test]
 fn images_of_a_shadow_come_and_go_with_it_and_wrong_ones_are_refused() {
-    if skipped() {
-        return;
-    }
-    in_namespace(|| {
-        let mut site = Site::new();
-        let vm = vm();
+    on_site(|mut site, vm| {
         let (raw, qcow2) = (site.path("a.img"), site.path("b.qcow2"));
         image(&raw, "raw", 8);
         image(&qcow2, "qcow2", 16);
@@ -428,7 +397,7 @@ fn images_of_a_shadow_come_and_go_with_it_and_wrong_ones_are_refused() {
         image(&mine, "qcow2", 16);
         let user = Primary::start(
             &site,
-            VmId(uuid::Uuid::new_v4()),
+            new_vm(),
             "user",
             &format!("-M q35 -drive file={}", mine.display()),
         );

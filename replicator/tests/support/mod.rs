@@ -53,6 +53,17 @@ pub fn in_namespace(f: impl FnOnce() + Send + 'static) {
     }
 }
 
+pub fn new_vm() -> VmId {
+    VmId(uuid::Uuid::new_v4())
+}
+
+/// Runs `f` in a namespace of its own, with directories and the id of a VM, where real QEMUs can be had.
+pub fn on_site(f: impl FnOnce(Site, VmId) + Send + 'static) {
+    if !skipped() {
+        in_namespace(|| f(Site::new(), new_vm()));
+    }
+}
+
 pub fn ip(args: &str) {
     assert!(
         Command::new("ip").args(args.split(' ')).status().unwrap().success(),
