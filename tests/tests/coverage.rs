@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use umbra_api::order::OrderKind;
 use umbra_tests::lab::hardware::{self, Hardware, HugePages, Ram};
 use umbra_tests::lab::pair::{Pair, with_pair};
 use umbra_tests::lab::process::wait_for;
@@ -84,12 +83,6 @@ fn go(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
     Ok(())
 }
 
-fn retire(pair: &mut Pair, host: &str) -> Result<()> {
-    let epoch = pair.next_epoch();
-    pair.order(host, epoch, OrderKind::Retire)?;
-    pair.wait_alone()
-}
-
 /// Taps that a host's replicator has made.
 fn taps(pair: &Pair, host: &str) -> Result<usize> {
     let names = pair.host(host)?.interfaces()?;
@@ -103,10 +96,10 @@ fn run(pair: &mut Pair, case: &Case) -> Result<()> {
     if case.hardware.uefi {
         same_variables(pair)?;
     }
-    retire(pair, "a")?;
+    pair.retire("a")?;
     if case.back {
         go(pair, "b", "a")?;
-        retire(pair, "b")?;
+        pair.retire("b")?;
     }
     pair.verify()
 }
@@ -224,11 +217,11 @@ fn a_guest_under_kvm_counts_on_there_and_back() {
             go(pair, "a", "b")?;
             same_ram(pair)?;
             let mut told = console(pair, "a")?;
-            retire(pair, "a")?;
+            pair.retire("a")?;
             go(pair, "b", "a")?;
             told += &console(pair, "b")?;
             told += &console(pair, "a")?;
-            retire(pair, "b")?;
+            pair.retire("b")?;
             let story = Console::of(&told);
             println!("  {story:?}");
             ensure!(story.errors == 0, "{} pages were wrong", story.errors);

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use umbra_api::order::OrderKind;
 use umbra_api::replica::{Phase, Role};
 use umbra_tests::lab::disk::{self, Bus, DiskSpec, Journal};
 use umbra_tests::lab::pair::{Pair, with_pair};
@@ -145,16 +144,12 @@ fn disks_go_there_and_back_under_writes() {
         go(pair, "a", "b")?;
         // The primary keeps its images as they were when the guest stopped.
         check(pair, &first, &before)?;
-        let epoch = pair.next_epoch();
-        pair.order("a", epoch, OrderKind::Retire)?;
-        pair.wait_alone()?;
+        pair.retire("a")?;
         let before = acknowledged(pair)?;
         let on_b = images(pair, "b")?;
         go(pair, "b", "a")?;
         check(pair, &on_b, &before)?;
-        let epoch = pair.next_epoch();
-        pair.order("b", epoch, OrderKind::Retire)?;
-        pair.wait_alone()?;
+        pair.retire("b")?;
         ensure!(
             images(pair, "b")?.is_empty(),
             "images of a copy that was given up go with it"

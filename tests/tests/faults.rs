@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use umbra_api::order::{OrderKind, Pacing};
-use umbra_api::replica::{Phase, Role};
+use umbra_api::order::OrderKind;
+use umbra_api::replica::Role;
 use umbra_tests::lab::pair::{Pair, with_pair};
 use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::qmp::Qmp;
@@ -27,13 +27,7 @@ fn a_vm_that_exits_takes_its_shadow_along() {
             Ok((!vm::qemus(pair.host("b")?, pair.id()).is_empty()).then_some(()))
         })?;
         pair.vm.process.kill()?;
-        wait_for("the replica to end", Duration::from_secs(60), || {
-            let r = pair.replica("a", Role::Source)?;
-            Ok(
-                r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed) && r.error.is_some())
-                    .map(|_| ()),
-            )
-        })?;
+        pair.wait_ended("a").context("the replica to end")?;
         wait_for("the shadow to be gone", Duration::from_secs(60), || {
             Ok((vm::qemus(pair.host("b")?, pair.id()).is_empty() && pair.ram_files("b")?.is_empty()).then_some(()))
         })?;
@@ -53,35 +47,17 @@ fn a_target_that_is_down_or_cut_off_harms_nothing() {
     with_pair("target_down", &spec(), |pair| {
         pair.kill_replicator("b")?;
         let epoch = pair.next_epoch();
-        let link = pair.replicator("b")?.link();
-        let protect = OrderKind::Protect {
-            target: "b".parse()?,
-            link,
-            pacing: Pacing::default(),
-        };
-        let answer = pair.replicator("a")?.order(pair.id(), epoch, protect)?;
+        let answer = pair.replicator("a")?.order(pair.id(), epoch, pair.protection("b")?)?;
         // Refused at once or ended with a reason: both are honest.
         if answer.is_ok() {
-            wait_for("the attempt to end", Duration::from_secs(60), || {
-                let r = pair.replica("a", Role::Source)?;
-                Ok(
-                    r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed) && r.error.is_some())
-                        .map(|_| ()),
-                )
-            })?;
+            pair.wait_ended("a")?;
         }
         ensure!(pair.wait_runs()? == "a", "the VM runs on");
         pair.restart_replicator("b")?;
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
         pair.lab.set_uplink("b", false)?;
-        wait_for("the lost link to be noticed", Duration::from_secs(60), || {
-            let r = pair.replica("a", Role::Source)?;
-            Ok(
-                r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed) && r.error.is_some())
-                    .map(|_| ()),
-            )
-        })?;
+        pair.wait_ended("a").context("the lost link to be noticed")?;
         ensure!(pair.wait_runs()? == "a", "the VM runs on");
         pair.lab.set_uplink("b", true)?;
         pair.wait_alone()?;
@@ -100,13 +76,7 @@ fn a_qmp_socket_that_is_busy_or_gone_is_told() {
         let refused = |pair: &mut Pair| -> Result<String> {
             let epoch = pair.next_epoch();
             pair.order("b", epoch, OrderKind::Admit { source: "a".parse()? })?;
-            let link = pair.replicator("b")?.link();
-            let protect = OrderKind::Protect {
-                target: "b".parse()?,
-                link,
-                pacing: Pacing::default(),
-            };
-            match pair.replicator("a")?.order(pair.id(), epoch, protect)? {
+            match pair.replicator("a")?.order(pair.id(), epoch, pair.protection("b")?)? {
                 Err(problem) => Ok(problem.code),
                 Ok(()) => wait_for("the attempt to end", Duration::from_secs(60), || {
                     let r = pair.replica("a", Role::Source)?;
@@ -143,17 +113,8 @@ fn a_replicator_that_is_stopped_leaves_the_vm_as_it_found_it() {
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
         // The shadow's QEMU is killed under the target's hands.
-        let shadow = *vm::qemus(pair.host("b")?, pair.id())
-            .first()
-            .context("there is a shadow")?;
-        sys::kill(shadow, Signal::SIGKILL)?;
-        wait_for("the loss to be told", Duration::from_secs(60), || {
-            let r = pair.replica("a", Role::Source)?;
-            Ok(
-                r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed) && r.error.is_some())
-                    .map(|_| ()),
-            )
-        })?;
+        sys::kill(pair.qemu("b")?, Signal::SIGKILL)?;
+        pair.wait_ended("a").context("the loss to be told")?;
         ensure!(pair.wait_runs()? == "a", "the VM runs on");
         pair.verify()
     });

@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::json;
-use umbra_api::order::{OrderKind, RefusalCode};
+use umbra_api::order::RefusalCode;
 use umbra_api::replica::{Phase, Role};
+use umbra_tests::lab::copies::wall_us;
 use umbra_tests::lab::pair::Pair;
 use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::vm::{self, VmSpec};
@@ -17,11 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until the copy has ended, by the named reason, and nothing is left of the shadow.
 fn ended(pair: &Pair, from: &str, to: &str, word: &str) -> Result<()> {
-    let error = wait_for("the copy to end", PATIENCE, || {
-        let r = pair.replica(from, Role::Source)?;
-        Ok(r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed))
-            .and_then(|r| r.error))
-    })?;
+    let error = pair.wait_ended(from)?;
     println!("{error}");
     ensure!(error.code == RefusalCode::Interfered, "{error}");
     ensure!(error.detail.contains(word), "{error}");
@@ -80,7 +77,10 @@ fn reset(pair: &mut Pair) -> Result<()> {
     // The lab's guests end instead of rebooting.
     tell("set-action", json!({"reboot": "reset"}))?;
     standby(pair, "a", "b")?;
+    let before = wall_us();
     tell("system_reset", json!({}))?;
+    // Until then the guest of before may answer.
+    watch.wait("RESET", before, PATIENCE)?;
     pair.vm.wait_up(&pair.lab.client)?;
     let after = pair.replica("a", Role::Source)?.context("a replica")?.progress.rounds;
     wait_for("rounds after the reset", PATIENCE, || {
@@ -93,12 +93,9 @@ fn reset(pair: &mut Pair) -> Result<()> {
     pair.verify()?;
 
     // And a shutdown ends the copy with its name.
-    let epoch = pair.next_epoch();
-    pair.order("a", epoch, OrderKind::Retire)?;
+    pair.retire("a")?;
     standby(pair, "b", "a")?;
-    let qemu = vm::qemus(pair.host("b")?, pair.id());
-    let qemu = *qemu.first().context("the VM's QEMU on b")?;
-    sys::kill(qemu, Signal::SIGTERM)?;
+    sys::kill(pair.qemu("b")?, Signal::SIGTERM)?;
     ended(pair, "b", "a", "shuts down")
 }
 

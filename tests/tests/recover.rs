@@ -61,20 +61,6 @@ fn away(pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
-fn wait_nobody(pair: &Pair) -> Result<()> {
-    wait_for("nobody to run the VM", PATIENCE, || {
-        Ok(pair.running_on().is_empty().then_some(()))
-    })
-}
-
-/// The QEMU of the VM on a host.
-fn qemu(pair: &Pair, host: &str) -> Result<i32> {
-    vm::qemus(pair.host(host)?, pair.id())
-        .first()
-        .copied()
-        .with_context(|| format!("a QEMU on {host}"))
-}
-
 /// The shadow's counterpart of the primary's first monitor, which nobody holds there.
 fn monitor(pair: &Pair, host: &str) -> Result<PathBuf> {
     let run = pair.host(host)?.folder("run")?;
@@ -108,8 +94,8 @@ fn a_stopped_primary_runs_again_when_its_target_is_lost() {
         ensure!(all_is_well.contains("quits the stopped primary"), "{all_is_well}");
 
         // The VM's QEMU dies on b: the way back is the stopped primary.
-        sys::kill(qemu(pair, "b")?, Signal::SIGKILL)?;
-        wait_nobody(pair)?;
+        sys::kill(pair.qemu("b")?, Signal::SIGKILL)?;
+        pair.wait_stands_still()?;
         wait_for("b to notice", PATIENCE, || {
             let gone = pair
                 .replica("b", Role::Target)?
@@ -133,7 +119,7 @@ fn a_stopped_primary_runs_again_when_its_target_is_lost() {
         let frozen = Qmp::connect(&monitor(pair, "b")?, PATIENCE)?;
         frozen.execute("stop", json!({}), PATIENCE)?;
         pair.kill_replicator("b")?;
-        wait_nobody(pair)?;
+        pair.wait_stands_still()?;
         let shown = recover(pair, &["--yes"])?;
         ensure!(shown.contains("--host-is-dead b"), "{shown}");
         ensure!(
@@ -170,17 +156,11 @@ fn a_vm_that_was_handed_over_is_nobodys_but_its_owners() {
         away(pair)?;
         // The old primary is kept until it is retired, also while the way back is built.
         let epoch = pair.next_epoch();
-        let link = pair.replicator("a")?.link();
         let early = pair
             .replicator("a")?
             .order(pair.id(), epoch, OrderKind::Admit { source: "b".parse()? })?;
         ensure!(early.is_ok(), "{early:?}");
-        let back = OrderKind::Protect {
-            target: "a".parse()?,
-            link,
-            pacing: umbra_api::order::Pacing::default(),
-        };
-        pair.order("b", epoch, back)?;
+        pair.order("b", epoch, pair.protection("a")?)?;
         pair.wait_standby("b")?;
         ensure!(
             vm::qemus(pair.host("a")?, pair.id()).len() == 2,
@@ -189,9 +169,7 @@ fn a_vm_that_was_handed_over_is_nobodys_but_its_owners() {
         let (code, said) = umbra(pair, &["shadow", "handover", "web", "--replicator", &url(pair, "b")?])?;
         ensure!(code == 4 && said.contains("release it first"), "{code}: {said}");
         pair.release()?;
-        let epoch = pair.next_epoch();
-        pair.order("a", epoch, OrderKind::Retire)?;
-        pair.wait_alone()?;
+        pair.retire("a")?;
 
         let (code, said) = umbra(pair, &["shadow", "handover", "web", "--replicator", &url(pair, "b")?])?;
         ensure!(code == 0, "{code}: {said}");
@@ -221,10 +199,10 @@ fn facts(pair: &Pair, host: &str) -> Result<HostFacts> {
 /// Switches over, and loses the primary and its replicator when both sides have written down what binds, and nothing is decided:
 /// the shadow, which was held up, is prepared afterwards.
 fn lose_undecided(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
-    let primary = qemu(pair, from)?;
+    let primary = pair.qemu(from)?;
     pair.protect(from, to)?;
     pair.wait_standby(from)?;
-    let shadow = qemu(pair, to)?;
+    let shadow = pair.qemu(to)?;
     sys::kill(shadow, Signal::SIGSTOP)?;
     let epoch = pair.next_epoch();
     pair.order(from, epoch, OrderKind::Switchover)?;
@@ -240,7 +218,7 @@ fn lose_undecided(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
         let r = pair.replica(to, Role::Target)?;
         Ok(r.is_some_and(|r| r.phase == Phase::Prepared).then_some(()))
     })?;
-    wait_nobody(pair)
+    pair.wait_stands_still()
 }
 
 #[test]

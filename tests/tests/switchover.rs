@@ -90,14 +90,10 @@ fn there_and_back_under_load() {
             vm::qemus(pair.host("a")?, pair.id()).len() == 1,
             "the old primary is still there"
         );
-        let epoch = pair.next_epoch();
-        pair.order("a", epoch, OrderKind::Retire)?;
-        pair.wait_alone()?;
+        pair.retire("a")?;
         pair.verify()?;
         go(pair, "b", "a")?;
-        let epoch = pair.next_epoch();
-        pair.order("b", epoch, OrderKind::Retire)?;
-        pair.wait_alone()?;
+        pair.retire("b")?;
         pair.verify()?;
         ensure!(
             pair.ram_files("b")?.is_empty(),

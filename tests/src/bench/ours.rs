@@ -62,9 +62,7 @@ impl Ours {
             let replica = self.pair.replica(from, Role::Source)?;
             Ok(replica.and_then(|r| r.report).filter(|r| r.epoch == epoch))
         })?;
-        let epoch = self.pair.next_epoch();
-        self.pair.order(from, epoch, OrderKind::Retire)?;
-        self.pair.wait_alone()?;
+        self.pair.retire(from)?;
         self.qmp = shadow;
         self.at = 1 - self.at;
         pause(&self.qmp)?;

@@ -15,7 +15,7 @@ use crate::lab::daemons::{Binaries, target_dir};
 use crate::lab::pair::Pair;
 use crate::lab::process::wait_for;
 use crate::lab::sys;
-use crate::lab::vm::{self, VmSpec};
+use crate::lab::vm::VmSpec;
 
 const CASE: &str = "1GiB";
 const RUNS: usize = 5;
@@ -100,8 +100,7 @@ fn hop(pair: &mut Pair, from: &str, to: &str, figures: &mut Figures) -> Result<(
 
     tier(pair, to, Tier::Standby)?;
     wait(pair, to, "the shadow to be shrunk again", shrunk)?;
-    let shadow = vm::qemus(pair.host(to)?, pair.id());
-    let swapped = shadow.first().map_or(0, |pid| sys::own_swap_kib(*pid));
+    let swapped = sys::own_swap_kib(pair.qemu(to)?);
     let report = pair.switchover(from)?;
     figures.stopped_ms.push(report.guest_stopped_us as f64 / 1e3);
     let back = wait(pair, to, "the VM's RAM to be back", |m| {
@@ -110,9 +109,7 @@ fn hop(pair: &mut Pair, from: &str, to: &str, figures: &mut Figures) -> Result<(
     figures
         .back_s
         .push(back.promotion.context("no promotion")?.took_ms as f64 / 1e3);
-    let epoch = pair.next_epoch();
-    pair.order(from, epoch, OrderKind::Retire)?;
-    pair.wait_alone()?;
+    pair.retire(from)?;
     println!(
         "{from} to {to}: at tier 0 {:.1} % in RAM, tier 2 after {:.2} s, stopped from tier 0 {:.1} ms (last pass {:.1}, device state \
          {:.1}, load {:.1}), {swapped} KiB of QEMU's own in swap, all back {:.2} s later",

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
-use umbra_api::order::{OrderKind, Pacing};
+use umbra_api::order::{OrderKind, Pacing, Refusal};
 use umbra_api::replica::{Phase, ReplicaStatus, Role, SwitchoverReport};
 use umbra_api::{Epoch, VmId};
 
@@ -106,6 +106,14 @@ impl Pair {
         })
     }
 
+    /// The VM's QEMU on a host, be it primary or shadow.
+    pub fn qemu(&self, host: &str) -> Result<i32> {
+        match vm::qemus(self.host(host)?, self.id()).as_slice() {
+            [one] => Ok(*one),
+            several => bail!("one QEMU of the VM on {host}, not {several:?}"),
+        }
+    }
+
     pub fn next_epoch(&mut self) -> Epoch {
         self.epoch = self.epoch.next();
         self.epoch
@@ -148,20 +156,26 @@ impl Pair {
     pub fn protect_by(&mut self, from: &str, to: &str, link: String) -> Result<()> {
         let epoch = self.next_epoch();
         self.order(to, epoch, OrderKind::Admit { source: from.parse()? })?;
-        self.order(
-            from,
-            epoch,
-            OrderKind::Protect {
-                target: to.parse()?,
-                link,
-                pacing: Pacing::default(),
-            },
-        )
+        self.order(from, epoch, protection(to, link)?)
+    }
+
+    /// The order that a source is given for a shadow on `to`.
+    pub fn protection(&self, to: &str) -> Result<OrderKind> {
+        protection(to, self.replicator(to)?.link())
     }
 
     /// The source's replica once the shadow is warm.
     pub fn wait_standby(&self, from: &str) -> Result<ReplicaStatus> {
         self.wait_source(from, Phase::Standby, SEED)
+    }
+
+    /// Why a copy from this host came to its end, which it must.
+    pub fn wait_ended(&self, from: &str) -> Result<Refusal> {
+        wait_for(&format!("the copy from {from} to end"), SETTLE, || {
+            let r = self.replica(from, Role::Source)?;
+            let ended = r.filter(|r| matches!(r.phase, Phase::Released | Phase::Failed));
+            Ok(ended.and_then(|r| r.error))
+        })
     }
 
     fn wait_source(&self, host: &str, phase: Phase, within: Duration) -> Result<ReplicaStatus> {
@@ -205,6 +219,13 @@ impl Pair {
                 Ok(self.replica(from, Role::Source)?.and_then(told))
             }),
         }
+    }
+
+    /// Gives up the stopped primary on a host, and waits until the VM that runs is alone.
+    pub fn retire(&mut self, host: &str) -> Result<()> {
+        let epoch = self.next_epoch();
+        self.order(host, epoch, OrderKind::Retire)?;
+        self.wait_alone()
     }
 
     /// Ends whatever there is, on both hosts. The VM is not touched.
@@ -395,6 +416,14 @@ impl Pair {
             .filter(|p| p.is_file())
             .collect())
     }
+}
+
+fn protection(to: &str, link: String) -> Result<OrderKind> {
+    Ok(OrderKind::Protect {
+        target: to.parse()?,
+        link,
+        pacing: Pacing::default(),
+    })
 }
 
 /// A shadow that is still on record as waiting. Its QEMU may be gone by now.
