@@ -3,12 +3,11 @@
 //! One lab and one pair of replicators for all: a case costs a guest's boot and a move.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use umbra_tests::lab::hardware::{self, Hardware, HugePages, Ram};
 use umbra_tests::lab::pair::{Pair, with_pair};
-use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::sector;
 use umbra_tests::lab::vm::{self, Boots, Console, VmSpec};
 
@@ -71,9 +70,8 @@ fn go(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
     pair.protect(from, to)?;
     pair.wait_standby(from)?;
     // These are warm sooner than the watcher looks for copies.
-    wait_for("both copies to be watched", Duration::from_secs(30), || {
-        Ok((pair.copies.heard() == 2).then_some(()))
-    })?;
+    pair.wait_watched(from)?;
+    pair.wait_watched(to)?;
     let report = pair.switchover(from)?;
     ensure!(pair.wait_runs()? == to, "after the switchover it runs on {to}");
     println!(

@@ -1,6 +1,5 @@
 //! The one command that leads out of every state, with the RPS gone; and a VM that is handed over to its own management.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -61,13 +60,6 @@ fn away(pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
-/// The shadow's counterpart of the primary's first monitor, which nobody holds there.
-fn monitor(pair: &Pair, host: &str) -> Result<PathBuf> {
-    let run = pair.host(host)?.folder("run")?;
-    let dirs = std::fs::read_dir(&run)?.filter_map(|e| Some(e.ok()?.path().join("qmp0.sock")));
-    dirs.filter(|p| p.exists()).last().context("a monitor of the shadow")
-}
-
 /// Whether a's VM could be shadowed on b.
 fn ask_of<'a>(replicator: &'a str, link: &'a str) -> [&'a str; 9] {
     [
@@ -116,7 +108,9 @@ fn a_stopped_primary_runs_again_when_its_target_is_lost() {
         // Once more, and b is a host that does not answer: its VM stands still, its replicator is gone.
         pair.catch_up()?;
         away(pair)?;
-        let frozen = Qmp::connect(&monitor(pair, "b")?, PATIENCE)?;
+        // The shadow's counterpart of the primary's first monitor, which nobody holds there.
+        let monitor = vm::monitor_of(pair.qemu("b")?, 0).context("a monitor of the shadow")?;
+        let frozen = Qmp::connect(&monitor, PATIENCE)?;
         frozen.execute("stop", json!({}), PATIENCE)?;
         pair.kill_replicator("b")?;
         pair.wait_stands_still()?;

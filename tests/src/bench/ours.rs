@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::json;
 use umbra_api::order::OrderKind;
 use umbra_api::replica::{Role, SwitchoverReport};
@@ -15,7 +15,6 @@ use crate::lab::pair::Pair;
 use crate::lab::process::wait_for;
 use crate::lab::qmp::Qmp;
 use crate::lab::vm::{self, VmSpec};
-use crate::lab::{host::Host, sys};
 
 const QMP: Duration = Duration::from_secs(5);
 /// Rounds after the first copy, before it switches over.
@@ -48,7 +47,8 @@ impl Ours {
             let now = self.pair.replica(from, Role::Source)?.context("no replica")?;
             Ok((now.progress.rounds >= warm + ROUNDS).then_some(()))
         })?;
-        let shadow = watch(self.pair.host(to)?, self.pair.vm.spec.id)?;
+        let shadow = vm::monitor_of(self.pair.qemu(to)?, 1).context("no second monitor")?;
+        let shadow = Qmp::connect(&shadow, QMP)?;
         let probe = Probe::start(&self.pair.lab.client, self.pair.vm.spec.ip)?;
         sleep(SETTLE);
         let epoch = self.pair.next_epoch();
@@ -75,18 +75,6 @@ impl Ours {
         self.pair.verify()?;
         pause(&self.qmp)
     }
-}
-
-/// The second monitor of the only QEMU of this VM on a host.
-pub fn watch(host: &Host, id: umbra_api::VmId) -> Result<Qmp> {
-    let pids = vm::qemus(host, id);
-    ensure!(pids.len() == 1, "{} QEMUs of the VM on {}", pids.len(), host.name);
-    let socket = pids
-        .first()
-        .and_then(|p| vm::option(&sys::cmdline(*p), "-qmp", 1))
-        .context("no second monitor")?;
-    let path = socket.trim_start_matches("unix:").split(',').next().unwrap_or_default();
-    Qmp::connect(path.as_ref(), QMP)
 }
 
 pub fn pause(qmp: &Qmp) -> Result<()> {

@@ -50,14 +50,12 @@ struct Book {
     turns: Vec<Turn>,
     /// More than one copy was running in the same look.
     doubles: Vec<String>,
-    /// When a process was found to be gone, by the wall clock.
+    /// When a process had ended, by the wall clock.
     ends: BTreeMap<i32, i64>,
     /// From when on each copy's events are heard, by the wall clock.
     since: BTreeMap<i32, i64>,
     /// Hosts of the copies that ran in the last look.
     running: Vec<String>,
-    /// Copies whose events are heard.
-    heard: usize,
     /// An operator has made room on a disk that was full, and lets those go on that QEMU stopped for it.
     room: bool,
 }
@@ -124,12 +122,8 @@ impl Copies {
         self.book().running.clone()
     }
 
-    /// How many copies' events are heard. What one that is not heard yet did before is not known.
-    pub fn heard(&self) -> usize {
-        self.book().heard
-    }
-
-    /// Whether these processes' events are heard; if not, new ones are searched for at the next look.
+    /// Whether these processes' events are heard; if not, new ones are searched for at the next look. What one that is not heard yet
+    /// did before is not known.
     pub fn hears(&self, pids: &[i32]) -> bool {
         let all = pids.iter().all(|p| self.book().since.contains_key(p));
         if !all {
@@ -178,7 +172,7 @@ pub fn switchovers_ms(turns: &[Turn]) -> Vec<f64> {
 }
 
 /// When two copies ran at once, by their events. A copy whose first event is STOP ran before it, as long as its events were heard; one
-/// without events is not judged. `ends`: when a process was found to be gone.
+/// without events is not judged. `ends`: when a process had ended.
 fn overlaps(turns: &[Turn], since: &BTreeMap<i32, i64>, ends: &BTreeMap<i32, i64>) -> Vec<String> {
     let mut turns = turns.to_vec();
     turns.sort_by_key(|t| t.at_us);
@@ -226,7 +220,7 @@ fn waits_ms(looks: &[Look], start: Instant, seconds: usize) -> Vec<f64> {
 }
 
 struct Copy {
-    start: Option<u64>,
+    start: u64,
     host: String,
     path: Option<PathBuf>,
     qmp: Option<Qmp>,
@@ -250,7 +244,7 @@ impl Watcher {
         let mut running = Vec::new();
         let mut gone = Vec::new();
         for (pid, copy) in &mut self.known {
-            if sys::start_time(*pid) != copy.start {
+            if sys::start_time(*pid) != Some(copy.start) {
                 gone.push(*pid);
                 continue;
             }
@@ -267,6 +261,9 @@ impl Watcher {
                 book.since.insert(*pid, since);
             }
             copy.take_turns(*pid, &mut book.turns);
+            if let Some(at) = copy.ended() {
+                book.ends.insert(*pid, at);
+            }
             if let Ok(sum) = copy.reader.read(*pid) {
                 let (run_ns, wait_ns) = (sum.run_ns - copy.last.run_ns, sum.wait_ns - copy.last.wait_ns);
                 copy.last = sum;
@@ -289,7 +286,6 @@ impl Watcher {
             });
         }
         let mut book = self.book.lock().unwrap_or_else(|p| p.into_inner());
-        book.heard = self.known.values().filter(|c| c.qmp.is_some()).count();
         book.running = running
             .iter()
             .filter_map(|pid| Some(self.known.get(pid)?.host.clone()))
@@ -301,7 +297,7 @@ impl Watcher {
         for pid in gone {
             if let Some(mut copy) = self.known.remove(&pid) {
                 copy.take_turns(pid, &mut book.turns);
-                book.ends.insert(pid, wall_us());
+                book.ends.insert(pid, copy.ended().unwrap_or_else(wall_us));
             }
         }
     }
@@ -309,18 +305,17 @@ impl Watcher {
     fn discover(&mut self) {
         for host in &self.hosts {
             for pid in vm::qemus(host, self.id) {
-                self.known.entry(pid).or_insert_with(|| {
-                    let socket = vm::option(&sys::cmdline(pid), "-qmp", 1);
-                    Copy {
-                        start: sys::start_time(pid),
-                        host: host.name.clone(),
-                        path: socket.and_then(|s| Some(PathBuf::from(s.strip_prefix("unix:")?.split(',').next()?))),
-                        qmp: None,
-                        since: None,
-                        reader: Reader::default(),
-                        last: super::sched::Ran::default(),
-                        events: 0,
-                    }
+                // It may be gone by now.
+                let Some(start) = sys::start_time(pid) else { continue };
+                self.known.entry(pid).or_insert_with(|| Copy {
+                    start,
+                    host: host.name.clone(),
+                    path: vm::monitor_of(pid, 1),
+                    qmp: None,
+                    since: None,
+                    reader: Reader::default(),
+                    last: super::sched::Ran::default(),
+                    events: 0,
                 });
             }
         }
@@ -334,6 +329,12 @@ impl Copy {
             self.since = self.qmp.is_some().then(wall_us);
         }
         self.qmp.as_ref()?.status().ok()
+    }
+
+    /// When the kernel had closed its sockets, which it does after the last of its threads: others can hear of its death, and act on
+    /// it, before the next look.
+    fn ended(&self) -> Option<i64> {
+        self.qmp.as_ref()?.closed()
     }
 
     fn go_on(&self) {

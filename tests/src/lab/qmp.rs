@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use super::copies::wall_us;
+
 /// Longest line that is taken from QEMU.
 const LINE_MAX: u64 = 4 << 20;
 
@@ -24,8 +26,8 @@ pub struct Event {
 struct Seen {
     events: Vec<Event>,
     replies: Vec<Value>,
-    /// The connection has ended: QEMU is gone.
-    closed: bool,
+    /// When the connection ended, by the wall clock: QEMU is gone.
+    closed: Option<i64>,
 }
 
 struct Shared {
@@ -101,7 +103,7 @@ impl Qmp {
                 }
                 return Ok(reply["return"].clone());
             }
-            if seen.closed {
+            if seen.closed.is_some() {
                 bail!("{command}: QEMU closed the connection");
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -127,7 +129,7 @@ impl Qmp {
         self.shared.lock().events.clone()
     }
 
-    pub fn closed(&self) -> bool {
+    pub fn closed(&self) -> Option<i64> {
         self.shared.lock().closed
     }
 
@@ -140,7 +142,7 @@ impl Qmp {
                 return Ok(e.clone());
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || seen.closed {
+            if left.is_zero() || seen.closed.is_some() {
                 bail!("no {name} within {within:?}");
             }
             seen = self
@@ -170,10 +172,10 @@ fn read_all(mut reader: BufReader<UnixStream>, shared: &Shared) {
                     take(&mut seen, message);
                 }
             }
-            _ => seen.closed = true,
+            _ => seen.closed = Some(wall_us()),
         }
         shared.news.notify_all();
-        if seen.closed {
+        if seen.closed.is_some() {
             return;
         }
     }

@@ -332,6 +332,12 @@ pub fn console_of(pid: i32) -> Option<PathBuf> {
     serial.strip_prefix("file:").map(PathBuf::from)
 }
 
+/// The `n`th monitor's socket of a running QEMU, as its command line names it. The second one is the tests' own.
+pub fn monitor_of(pid: i32, n: usize) -> Option<PathBuf> {
+    let socket = option(&sys::cmdline(pid), "-qmp", n)?;
+    socket.strip_prefix("unix:")?.split(',').next().map(PathBuf::from)
+}
+
 /// QEMU processes of this VM in a host, primary or shadow.
 pub fn qemus(host: &Host, id: VmId) -> Vec<i32> {
     let id = id.to_string();
