@@ -65,6 +65,9 @@ impl Pages {
 
     /// Neighbouring pages, in as few calls as it takes. Only the feed writes.
     pub fn write(&self, first: usize, data: &[Page]) -> io::Result<()> {
+        // All or none: what is there already is written in a call of its own.
+        self.window
+            .inside(first.saturating_mul(PAGE_SIZE), data.as_flattened().len())?;
         let pages = || first..first.saturating_add(data.len());
         for page in pages().filter(|p| self.away.get(*p)) {
             // All of it is overwritten: a page in swap is dropped there instead of read back first.

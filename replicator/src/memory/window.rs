@@ -129,7 +129,7 @@ impl Window {
         Ok(())
     }
 
-    fn inside(&self, at: usize, len: usize) -> io::Result<()> {
+    pub fn inside(&self, at: usize, len: usize) -> io::Result<()> {
         match at.checked_add(len) {
             Some(end) if end <= self.map.len() => Ok(()),
             _ => Err(io::Error::new(
