@@ -148,6 +148,10 @@ pub struct DecisionInputs {
     /// Seconds until contention is expected, if it is.
     pub contention_in_s: Option<f64>,
     pub copy_s: f64,
+    /// For the shadow to get back the RAM that its tier takes, before the switchover.
+    #[serde(default)]
+    pub promotion_s: f64,
+    /// What is left of `contention_in_s` after both.
     pub lead_s: Option<f64>,
     pub peak_cpu_p50: f64,
     pub peak_cpu_p90: f64,

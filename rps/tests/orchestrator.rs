@@ -6,8 +6,10 @@ mod common;
 use common::fake::host;
 use common::sim::{Faults, Sim, policy, vm};
 use proptest::prelude::*;
+use umbra_api::UnixMs;
 use umbra_api::lifecycle::Stage;
-use umbra_api::replica::{Phase, Role};
+use umbra_api::order::Tier;
+use umbra_api::replica::{Phase, Promotion, Role, ShadowMemory};
 use umbra_api::view::Mode;
 use umbra_rps::orchestrator::{Denied, Request};
 use umbra_rps::planner::Policy;
@@ -122,6 +124,49 @@ fn a_restart_in_every_stage_changes_nothing() {
             (Stage::Unprotected, Some(&host("a")))
         );
         assert_eq!(sim.hosts.holding(), []);
+    }
+}
+
+/// 200 MiB in use, `resident` of it in RAM; 10 MiB/s were measured.
+fn cold(resident_mib: u64) -> ShadowMemory {
+    ShadowMemory {
+        used_bytes: 200 << 20,
+        resident_bytes: resident_mib << 20,
+        promotion: Some(Promotion {
+            at: UnixMs(1),
+            tier: Tier::Armed,
+            read_bytes: 100 << 20,
+            took_ms: 10_000,
+        }),
+        ..ShadowMemory::default()
+    }
+}
+
+#[test]
+fn a_switchover_waits_until_the_shadow_is_promoted_but_not_for_ever() {
+    let switched = |sim: &Sim| done(sim).iter().any(|o| o.starts_with("switchover"));
+    for comes_back in [true, false] {
+        let mut sim = Sim::new(3);
+        sim.create().unwrap();
+        sim.until(Stage::Standby);
+        sim.hosts.memory = Some(cold(150));
+        sim.ticks(5);
+        sim.request(Request::Switchover).unwrap();
+        // 50 MiB at 10 MiB/s are 5 s.
+        let begun = sim.now;
+        while sim.now.since(begun) < 4_000 {
+            sim.tick();
+            assert!(!switched(&sim), "switched to a cold shadow");
+        }
+        if comes_back {
+            sim.hosts.memory = Some(cold(199));
+        }
+        while !switched(&sim) {
+            sim.tick();
+        }
+        let waited_ms = sim.now.since(begun);
+        assert_eq!(waited_ms < 5_000, comes_back, "{waited_ms}");
+        sim.until(Stage::Reverse);
     }
 }
 

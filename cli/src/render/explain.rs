@@ -115,7 +115,11 @@ fn score(i: &DecisionInputs, name: &str) -> String {
 }
 
 fn due(i: &DecisionInputs) -> String {
-    let copy = format!("A shadow takes {} to make", span(i.copy_s));
+    let copy = format!(
+        "A shadow takes {} to make and {} to promote",
+        span(i.copy_s),
+        span(i.promotion_s)
+    );
     match (i.contention_in_s, i.lead_s) {
         (None, _) => format!("No contention is expected within the horizon. {copy}."),
         (Some(s), None) => format!("Contention is expected in {}. {copy}.", span(s)),
@@ -191,8 +195,8 @@ web: make a warm shadow on b
 The numbers
   The probability that web meets contention on its host within the horizon is
   91 %: above the threshold of 60 %.
-  Contention is expected in 18 s. A shadow takes 4.2 s to make, which leaves
-  14 s to spare.
+  Contention is expected in 18 s. A shadow takes 4.2 s to make and 1.0 s to
+  promote, which leaves 13 s to spare.
   web alone is expected to want 0.80 cores at its peak, 0.95 at the 90th and
   1.10 at the 99th percentile (model ets).
   All VMs of its host together: 1.20 cores at the peak, 1.40 at the 90th

@@ -26,6 +26,7 @@ use super::timing::ms;
 use super::turn::Turn;
 use super::{reconcile, wanted_tier};
 use crate::lifecycle::{Event, Failure, Reason};
+use crate::planner::promotion;
 
 /// More edges than a VM can go along in one turn.
 const EDGES_MAX: usize = 8;
@@ -101,13 +102,17 @@ fn silence_counts(turn: &Turn<'_>, host: &HostId, since: umbra_api::UnixMs) -> b
 fn too_long(turn: &mut Turn<'_>, limit_s: u64) -> bool {
     let over = turn.stage_ms() > ms(limit_s);
     if over {
-        let stage = turn.state.stage;
-        turn.fail(Failure::TookTooLong {
-            stage,
-            after_s: limit_s,
-        });
+        took_too_long(turn, limit_s);
     }
     over
+}
+
+fn took_too_long(turn: &mut Turn<'_>, limit_s: u64) {
+    let stage = turn.state.stage;
+    turn.fail(Failure::TookTooLong {
+        stage,
+        after_s: limit_s,
+    });
 }
 
 fn provisioning(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) {
@@ -225,19 +230,28 @@ fn ask_tier(turn: &mut Turn<'_>, shadow: &HostId) -> Option<Asked> {
     Some(turn.ask(shadow, epoch, OrderKind::Tier { tier, expected_peak }))
 }
 
+/// Whether the switchover waits for the shadow to be promoted. A target that does not answer, or takes much longer than it
+/// did, must not keep a VM where it suffers.
+fn promoting(turn: &mut Turn<'_>, shadow: &HostId) -> bool {
+    let remaining_s = match ask_tier(turn, shadow) {
+        Some(Asked::Waiting) => Some(0.0),
+        Some(Asked::Accepted { .. }) => promotion::remaining_s(turn.fleet, turn.state, shadow),
+        // It is only slower then.
+        _ => None,
+    };
+    let patience_ms = i64::try_from(turn.timing.promote_wait_ms).unwrap_or(i64::MAX);
+    remaining_s.is_some_and(|s| turn.stage_ms() < patience_ms.saturating_add((s * 1000.0) as i64))
+}
+
 fn switching(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) {
-    let waited_ms = turn.stage_ms();
-    let promote_wait_ms = i64::try_from(turn.timing.promote_wait_ms).unwrap_or(i64::MAX);
     let epoch = turn.state.epoch;
-    // Promotion first: but a target that does not answer must not keep a VM where it suffers.
-    let begun = turn.last_order(host, epoch, OrderKind::Switchover.name()).is_some();
-    let promoting = !begun && ask_tier(turn, shadow) == Some(Asked::Waiting);
-    if promoting && waited_ms < promote_wait_ms {
-        return;
-    }
     let word = source_word(turn, host, shadow);
     if let Word::Ended(failure) = word {
         return turn.fail(failure);
+    }
+    let begun = turn.last_order(host, epoch, OrderKind::Switchover.name()).is_some();
+    if !begun && promoting(turn, shadow) {
+        return;
     }
     let Some(at) = accepted(turn, host, OrderKind::Switchover, epoch) else {
         return;
@@ -255,7 +269,9 @@ fn switching(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) {
         });
     }
     let limit_s = turn.timing.switch_timeout_s;
-    too_long(turn, limit_s);
+    if turn.now.since(at.max(turn.started)) > ms(limit_s) {
+        took_too_long(turn, limit_s);
+    }
 }
 
 /// It runs away from home and there is no way back yet.

@@ -23,7 +23,7 @@ pub struct Timing {
     pub seed_timeout_s: u64,
     /// From the switchover's order to its outcome.
     pub switch_timeout_s: u64,
-    /// How long the switchover waits for the shadow's promotion to be accepted.
+    /// How long the switchover waits for the shadow's promotion, beyond the time that it was measured to take.
     pub promote_wait_ms: u64,
     /// A replication that its source no longer reports is given up after this.
     pub lost_after_s: u64,

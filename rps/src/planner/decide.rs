@@ -3,7 +3,7 @@
 
 use umbra_api::lifecycle::Stage;
 
-use super::{Action, Input, Verdict, target};
+use super::{Action, Input, Verdict, promotion_s, target};
 use crate::lifecycle::{Reason, VmState};
 use crate::outlook::VmOutlook;
 
@@ -48,7 +48,7 @@ fn warm(input: &Input<'_>, s: &VmState, v: &VmOutlook) -> Verdict {
     let streak = input.streaks.of(v.vm);
     let in_s = v.contention_at.map(|t| t.since(input.now) as f64 / 1000.0);
     let threshold = policy.threshold_of(v.vm, &v.name);
-    let due_s = policy.switch_lead_s + policy.promotion_s;
+    let due_s = policy.switch_lead_s + promotion_s(input, s, v, s.shadow.as_ref());
     let due = in_s.filter(|s| *s <= due_s && v.cps > threshold);
     let measured = streak.measured >= policy.measured_slots;
     if measured || due.is_some() {

@@ -1,11 +1,12 @@
 //! What to do, decided purely: states, outlook, what the replicators told, policy and the time go in, one decision a VM
 //! comes out, 'do nothing because …' included. The simulator, the tests and production run this code.
 //!
-//! In reading order: [`policy`], [`streaks`] (hysteresis), [`target`] (a verdict on every host), `provision` (who gets a
-//! shadow), `decide` (arm, switch, release, fail back).
+//! In reading order: [`policy`], [`streaks`] (hysteresis), [`promotion`] (how long a shadow takes to wake), [`target`] (a
+//! verdict on every host), `provision` (who gets a shadow), `decide` (arm, switch, release, fail back).
 
 mod decide;
 pub mod policy;
+pub mod promotion;
 mod provision;
 pub mod streaks;
 pub mod target;
@@ -178,14 +179,24 @@ fn ledger_of(input: &Input<'_>) -> target::Ledger {
     ledger
 }
 
-/// Seconds that a first copy of this VM will take.
-fn copy_s(input: &Input<'_>, v: &VmOutlook) -> f64 {
-    let ram_in_use = if v.guest_bytes > 0 {
+fn ram_in_use(v: &VmOutlook) -> u64 {
+    if v.guest_bytes > 0 {
         v.rss_bytes.min(v.guest_bytes)
     } else {
         v.rss_bytes
-    };
-    ram_in_use as f64 / input.seed_bytes_per_s.max(1.0) + input.policy.copy_margin_s
+    }
+}
+
+/// Seconds that a first copy of this VM will take.
+fn copy_s(input: &Input<'_>, v: &VmOutlook) -> f64 {
+    ram_in_use(v) as f64 / input.seed_bytes_per_s.max(1.0) + input.policy.copy_margin_s
+}
+
+/// Seconds that the promotion of its shadow will take, on the host that has it or is to get it.
+fn promotion_s(input: &Input<'_>, s: &VmState, v: &VmOutlook, host: Option<&HostId>) -> f64 {
+    host.map_or(input.policy.promotion_s, |h| {
+        promotion::expected_s(input, s, h, ram_in_use(v))
+    })
 }
 
 fn dress(input: &Input<'_>, s: &VmState, v: &VmOutlook, verdict: Verdict) -> Decision {
@@ -193,6 +204,11 @@ fn dress(input: &Input<'_>, s: &VmState, v: &VmOutlook, verdict: Verdict) -> Dec
     let peak = |slots: Option<&Vec<f64>>| slots.map_or(0.0, |d| d.iter().copied().fold(0.0, f64::max));
     let contention_in_s = v.contention_at.map(|t| t.since(input.now) as f64 / 1000.0);
     let copy_s = copy_s(input, v);
+    let shadow = match &verdict.action {
+        Action::Provision { target } => Some(target),
+        _ => s.shadow.as_ref(),
+    };
+    let promotion_s = promotion_s(input, s, v, shadow);
     let inputs = DecisionInputs {
         cps: v.cps,
         threshold: input.policy.threshold_of(v.vm, &v.name),
@@ -200,7 +216,8 @@ fn dress(input: &Input<'_>, s: &VmState, v: &VmOutlook, verdict: Verdict) -> Dec
         model: v.model.clone(),
         contention_in_s,
         copy_s,
-        lead_s: contention_in_s.map(|s| s - copy_s),
+        promotion_s,
+        lead_s: contention_in_s.map(|s| s - copy_s - promotion_s),
         peak_cpu_p50: v.peak_p50,
         peak_cpu_p90: v.peak_p90,
         peak_cpu_p99: v.peak.cpu_cores,

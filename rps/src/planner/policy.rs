@@ -33,7 +33,7 @@ pub struct Policy {
     pub arm_s: f64,
     /// The switchover is ordered this many seconds before contention is expected …
     pub switch_lead_s: f64,
-    /// … plus the time that promotion to tier 2 takes.
+    /// … plus the time that promotion to tier 2 takes: as the target measured it, and at least this.
     pub promotion_s: f64,
     /// A VM that waited longer than the contention limit in this many consecutive slots is switched at once.
     pub measured_slots: u32,

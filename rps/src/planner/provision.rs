@@ -7,7 +7,7 @@ use umbra_api::HostId;
 use umbra_api::lifecycle::Stage;
 
 use super::target::{Ledger, choose, usable};
-use super::{Action, Input, Late, Verdict, copy_s, rejections};
+use super::{Action, Input, Late, Verdict, copy_s, promotion_s, rejections};
 use crate::lifecycle::{Reason, VmState};
 use crate::outlook::VmOutlook;
 
@@ -155,17 +155,23 @@ fn place(input: &Input<'_>, s: &VmState, v: &VmOutlook, ledger: &mut Ledger) -> 
         let because = format!("{n} first copies are under way on {host} and {all} in all, the policy allows no more");
         return Verdict::nothing("budget", because);
     }
-    let copy_s = copy_s(input, v);
-    let in_s = v.contention_at.map(|t| t.since(input.now) as f64 / 1000.0);
-    let late = in_s.filter(|s| *s < copy_s);
-    if let (Some(in_s), Late::Refuse) = (late, policy.late) {
-        let because = format!("the copy takes {copy_s:.1} s and contention is expected in {in_s:.1} s");
-        return Verdict::nothing("too_late", because);
-    }
     let (target, hosts) = choose(input, v, ledger);
     let Some(target) = target else {
         return Verdict::nothing("no_target", format!("no host can take it: {}", rejections(&hosts))).with_hosts(hosts);
     };
+    // The switchover is due that much before contention, and the copy must be there by then.
+    let (copy_s, due_s) = (
+        copy_s(input, v),
+        policy.switch_lead_s + promotion_s(input, s, v, Some(&target)),
+    );
+    let in_s = v.contention_at.map(|t| t.since(input.now) as f64 / 1000.0);
+    let late = in_s.filter(|s| *s < copy_s + due_s);
+    if let (Some(in_s), Late::Refuse) = (late, policy.late) {
+        let because = format!(
+            "the copy takes {copy_s:.1} s, the switchover is due {due_s:.1} s before contention, and that is expected in {in_s:.1} s"
+        );
+        return Verdict::nothing("too_late", because).with_hosts(hosts);
+    }
     ledger.book(host, &target, v.guest_bytes, true);
     let threshold = policy.threshold_of(v.vm, &v.name);
     let reason = match v.cps > threshold {
@@ -175,7 +181,9 @@ fn place(input: &Input<'_>, s: &VmState, v: &VmOutlook, ledger: &mut Ledger) -> 
         },
     };
     let when = match (in_s, late) {
-        (_, Some(t)) => format!("contention is expected in {t:.1} s, before the copy of {copy_s:.1} s is made"),
+        (_, Some(t)) => format!(
+            "contention is expected in {t:.1} s, before the copy of {copy_s:.1} s is made and the switchover, due {due_s:.1} s ahead, done"
+        ),
         (Some(t), _) => format!("contention is expected in {t:.1} s, the copy takes {copy_s:.1} s"),
         (None, _) => format!("the copy takes {copy_s:.1} s"),
     };

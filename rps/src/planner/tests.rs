@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use umbra_api::Epoch;
+use umbra_api::order::Tier;
+use umbra_api::replica::{Phase, Progress, Promotion, ReplicaStatus, Role, ShadowMemory};
 
 use super::*;
 use crate::contention::Draws;
@@ -212,6 +214,7 @@ fn contention_in_sight_makes_a_shadow_and_says_why() {
     assert!((39.0..41.0).contains(&i.contention_in_s.unwrap()), "{i:?}");
     // 200 MiB at 100 MB/s, and the margin.
     assert!((7.0..7.2).contains(&i.copy_s) && i.lead_s.unwrap() > 30.0, "{i:?}");
+    assert_eq!(i.promotion_s, 1.0, "assumed: nobody has measured one");
 }
 
 #[test]
@@ -387,6 +390,77 @@ fn a_warm_shadow_waits_is_armed_and_switched_in_time() {
     assert_eq!(d.action, Action::Switch);
     assert!(matches!(d.reason, Some(Reason::Due { .. })), "{d:?}");
     assert!(d.because.contains("b holds its shadow, armed"), "{}", d.because);
+}
+
+/// What host B tells of a shadow there: 200 MiB in use, of which its tier leaves 20; 50 MiB took 5 s to come back.
+fn told(vm: u128, resident_mib: u64) -> ReplicaStatus {
+    let memory = ShadowMemory {
+        used_bytes: 200 << 20,
+        resident_bytes: resident_mib << 20,
+        limit_bytes: Some(20 << 20),
+        not_shrunk: None,
+        promotion: Some(Promotion {
+            at: UnixMs(0),
+            tier: Tier::Armed,
+            read_bytes: 50 << 20,
+            took_ms: 5_000,
+        }),
+    };
+    ReplicaStatus {
+        vm: id(vm),
+        name: String::new(),
+        role: Role::Target,
+        peer: host("a"),
+        epoch: Epoch(1),
+        seen: Epoch(1),
+        phase: Phase::Standby,
+        since: UnixMs(0),
+        tier: Some(Tier::Standby),
+        memory: Some(memory),
+        progress: Progress::default(),
+        report: None,
+        disks: Vec::new(),
+        error: None,
+    }
+}
+
+#[test]
+fn a_measured_promotion_makes_the_switchover_due_earlier() {
+    let tells = |s: &mut Scene, r: ReplicaStatus| s.fleet.get_mut(&host("b")).unwrap().replicas = vec![r];
+    // 180 MiB at 10 MiB/s, though all of it happens to be in RAM still.
+    let mut s = Scene::demo(22).warm(Stage::Armed).slots(1);
+    tells(&mut s, told(1, 200));
+    let d = s.of(1);
+    assert_eq!(d.action, Action::Switch, "{}", d.because);
+    assert_eq!(d.inputs.promotion_s, 18.0);
+    let mut s = Scene::demo(25).warm(Stage::Armed).slots(1);
+    tells(&mut s, told(1, 20));
+    s.nothing(1, "warm", "the switchover is due 23.0 s before");
+    // A host that can't shrink has it all; then the policy's assumption is left, as for one that tells of no speed.
+    let mut whole = told(1, 200);
+    whole.memory.as_mut().unwrap().not_shrunk = Some("this host has no swap".into());
+    tells(&mut s, whole);
+    s.nothing(1, "warm", "the switchover is due 6.0 s before");
+    let mut unmeasured = told(1, 20);
+    unmeasured.memory.as_mut().unwrap().promotion = None;
+    tells(&mut s, unmeasured);
+    s.nothing(1, "warm", "the switchover is due 6.0 s before");
+}
+
+#[test]
+fn a_promotion_that_does_not_fit_beside_the_copy_makes_it_too_late() {
+    // The copy takes 7.1 s, the switchover is due 5 s ahead. Another VM's shadow tells how fast B reads: 20 s for 200 MiB.
+    let mut s = Scene::demo(30).slots(2);
+    s.policy.late = Late::Refuse;
+    let d = s.of(1);
+    assert_eq!(d.action.name(), "provision", "{}", d.because);
+    s.fleet.get_mut(&host("b")).unwrap().replicas = vec![told(7, 200)];
+    s.nothing(1, "too_late", "the switchover is due 25.0 s before contention");
+    s.policy.late = Late::Protect;
+    let d = s.of(1);
+    assert_eq!((d.action.name(), d.inputs.promotion_s), ("provision", 20.0));
+    assert!(d.inputs.lead_s.unwrap() < 3.0, "{:?}", d.inputs);
+    assert!(d.because.contains("due 25.0 s ahead"), "{}", d.because);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_api::order::{Order, OrderKind, Refusal, RefusalCode};
-use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, SwitchoverReport};
+use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, ShadowMemory, SwitchoverReport};
 use umbra_api::{Epoch, HostId, OrderId, UnixMs, VmId};
 
 /// Ticks that a first copy takes.
@@ -77,6 +77,8 @@ pub struct Hosts {
     now: UnixMs,
     /// The next switchovers fail in this step: 1 prepare, 2 after the source has given up (then they only take longer).
     pub fail_switch: Option<u8>,
+    /// What targets tell of their shadows' RAM.
+    pub memory: Option<ShadowMemory>,
     /// Orders that were carried out, for assertions.
     pub done: Vec<(HostId, Order)>,
 }
@@ -118,7 +120,10 @@ impl Hosts {
     pub fn replicas(&self, h: &HostId) -> Result<Vec<ReplicaStatus>, String> {
         let this = self.hosts.get(h).filter(|h| !h.down).ok_or("connection refused")?;
         let sources = this.source.iter().map(|(vm, r)| status(*vm, Role::Source, r));
-        let targets = this.target.iter().map(|(vm, r)| status(*vm, Role::Target, r));
+        let targets = this.target.iter().map(|(vm, r)| ReplicaStatus {
+            memory: self.memory.clone(),
+            ..status(*vm, Role::Target, r)
+        });
         Ok(sources.chain(targets).collect())
     }
 
