@@ -19,18 +19,20 @@ use umbra_daemon::config::Invalid;
 mod adoptable;
 mod facts;
 mod fences;
+mod parked;
 mod recover;
 
 use crate::adopt;
 use crate::config::Config;
 use crate::faults::Faults;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
-use crate::launch::{self, Images, ShadowRecord};
+use crate::launch::{self, Images, ShadowRecord, kept};
 use crate::limits::{Limits, Throttle};
 use crate::link::{Identity, Security};
 use crate::qmp::Client;
 use crate::source;
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
+use crate::source::park::Parked;
 use crate::target;
 use crate::target::feed::Feed;
 use crate::target::handover::HandOver;
@@ -50,6 +52,8 @@ pub struct Core {
     pub throttle: Throttle,
     /// Threads that carry disks of shadows, by session.
     pub crew: Crew,
+    /// VMs here whose mirrors wait for another link.
+    pub parked: Parked,
     pub journal: Journal,
     pub faults: Faults,
 }
@@ -83,6 +87,14 @@ pub struct Hello {
     /// Where the source's own link listener is, if it has one.
     pub link: Option<String>,
     pub spec: ShadowSpec,
+    pub resume: Option<u64>,
+}
+
+/// What it is answered.
+pub struct Welcome {
+    pub session: u64,
+    pub resumed: bool,
+    pub events: Sender<target::session::Event>,
 }
 
 pub fn unix_ms() -> UnixMs {
@@ -108,6 +120,7 @@ impl Engine {
             security: RwLock::new(security),
             throttle,
             crew: Crew::default(),
+            parked: Parked::default(),
             journal,
         });
         let engine = Self {
@@ -121,6 +134,7 @@ impl Engine {
         engine.sweep();
         let engine = Arc::new(engine);
         fences::keep_telling(&engine)?;
+        parked::watch(&engine)?;
         Ok(engine)
     }
 
@@ -161,6 +175,13 @@ impl Engine {
 
     fn take_up(&self, record: VmRecord) -> std::io::Result<()> {
         let mut entry = Entry::default();
+        if let Some(s) = &record.source
+            && s.durable == SourceDurable::Released
+            && s.qemu.id.alive()
+        {
+            // Nobody knows whether there are mirrors that wait.
+            self.core.parked.note(record.vm);
+        }
         if let Some(s) = record.source
             && !matches!(s.durable, SourceDurable::Released | SourceDurable::Retired)
         {
@@ -519,7 +540,7 @@ impl Engine {
     }
 
     /// A source wants its shadow here.
-    pub fn hello(&self, hello: Hello, control: Reply) -> Result<(u64, Sender<target::session::Event>), Refusal> {
+    pub fn hello(&self, hello: Hello, control: Reply) -> Result<Welcome, Refusal> {
         let (vm, epoch) = (hello.vm, hello.epoch);
         let mut vms = self.lock();
         let admitted = self.core.journal.get(vm).and_then(|r| r.target);
@@ -535,7 +556,10 @@ impl Engine {
         }
         // Unique on this host over restarts, and no secret.
         let session = unix_ms().0.unsigned_abs();
-        let mut shadow = launch::launch(&hello.spec, &self.core.config.launch(), vm, session)?;
+        let cfg = self.core.config.launch();
+        let images = kept::claim(&cfg.disk_dir, vm, hello.resume, &hello.host, &hello.spec.disks);
+        let resumed = images.is_some();
+        let mut shadow = launch::launch_on(&hello.spec, &cfg, vm, session, images)?;
         for warning in &shadow.warnings {
             tracing::warn!(%vm, "{warning}");
         }
@@ -579,7 +603,11 @@ impl Engine {
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(session, feed);
             vms.entry(vm).or_default().target = Some(handle);
-            Ok((session, events))
+            Ok(Welcome {
+                session,
+                resumed,
+                events,
+            })
         })();
         begun.inspect_err(|_| {
             if let Err(e) = launch::discard(&shadow.record, Images::Remove) {
@@ -664,6 +692,7 @@ impl Engine {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
+        self.unpark_all();
     }
 }
 

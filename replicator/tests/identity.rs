@@ -103,6 +103,7 @@ fn hello(as_host: &str, epoch: u64) -> Message {
         name: "web".into(),
         epoch: Epoch(epoch),
         port: None,
+        resume: None,
         host: host(as_host),
         spec: Box::new(ShadowSpec {
             qemu_version: (10, 0, 2),

@@ -34,10 +34,16 @@ pub enum Message {
         #[serde(default)]
         port: Option<u16>,
         spec: Box<ShadowSpec>,
+        /// The source's mirrors wait for the images that were kept under this number.
+        #[serde(default)]
+        resume: Option<u64>,
     },
     /// The shadow's QEMU waits; its RAM files are there.
     Welcome {
         session: u64,
+        /// The kept images are the shadow's: the mirrors go on where they were.
+        #[serde(default)]
+        resumed: bool,
     },
     /// First message of a ram connection.
     Attach {

@@ -17,6 +17,7 @@
 //! can tell by the first byte what the other one is. Preambles begin with 0x55, TLS records with 0x14 to 0x17, frames with less.
 //!
 //! Versions: 1, the first. 2, batches of pages tell known pages and deltas, in runs, with a sum over the decoded pages.
+//! 3, a source asks for the images that were kept of a copy that broke off.
 
 pub mod control;
 pub mod frame;
@@ -27,7 +28,7 @@ pub mod varint;
 use std::fmt;
 
 /// The version spoken here. A peer that speaks another one is refused by number.
-pub const LINK_VERSION: u16 = 2;
+pub const LINK_VERSION: u16 = 3;
 
 const MAGIC: &[u8; 8] = b"UMBRALNK";
 

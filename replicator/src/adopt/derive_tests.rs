@@ -187,6 +187,7 @@ fn a_former_shadow_yields_the_spec_that_it_came_from() {
             memory_cgroup: None,
             disks: vec![],
             storage: None,
+            token: 0,
         };
         let mut line = vec!["/opt/qemu/qemu-system-x86_64".to_owned()];
         line.extend(command::build(&spec, &record));

@@ -224,6 +224,7 @@ mod tests {
             memory_cgroup: None,
             disks: vec![],
             storage: None,
+            token: 0,
         }
     }
 

@@ -13,7 +13,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
@@ -41,6 +41,16 @@ pub struct Image {
     pub bytes: u64,
     /// Made for this shadow, and removed with it if it never ran.
     pub ours: bool,
+    /// Node and image on the primary.
+    #[serde(default)]
+    pub of: (String, String),
+}
+
+impl Image {
+    /// The same disk of the same QEMU, not only one that looks like it.
+    pub fn is_of(&self, d: &Disk) -> bool {
+        self.of == (d.node.clone(), d.path.clone()) && self.format == d.format && self.bytes == d.bytes
+    }
 }
 
 /// Name of a disk's export.
@@ -64,6 +74,7 @@ pub(super) fn plan(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64
             format: d.format,
             bytes: d.bytes,
             ours: mapped.is_none(),
+            of: (d.node.clone(), d.path.clone()),
         }
     };
     spec.disks.iter().enumerate().map(image).collect()
@@ -186,7 +197,7 @@ pub(super) fn start(record: &mut ShadowRecord, cfg: &LaunchConfig) -> Result<(),
     if record.disks.is_empty() {
         return Ok(());
     }
-    for image in record.disks.iter().filter(|i| i.ours) {
+    for image in record.disks.iter().filter(|i| i.ours && !record.keeps_on()) {
         let shown = image.path.display().to_string();
         // A guest's disk is nobody else's business: the file is there, and private, before it is written.
         private_file(&image.path).map_err(|e| local(&shown, e))?;
@@ -196,7 +207,7 @@ pub(super) fn start(record: &mut ShadowRecord, cfg: &LaunchConfig) -> Result<(),
             .arg(&image.path);
         run(create.arg(image.bytes.to_string())).map_err(|e| local(&shown, io::Error::other(e)))?;
     }
-    let log = private_file(&record.dir.join("disks.log")).map_err(|e| local("the log of the disks", e))?;
+    let log = private_file(&log(record)).map_err(|e| local("the log of the disks", e))?;
     let program = tool(cfg, "qemu-storage-daemon")?;
     let started = process::start(&program, &arguments(&record.disks, &socket(&record.dir)), log, None)
         .map_err(|e| local(&program.display().to_string(), e))?;
@@ -205,7 +216,7 @@ pub(super) fn start(record: &mut ShadowRecord, cfg: &LaunchConfig) -> Result<(),
     let deadline = Instant::now() + START_TIMEOUT;
     while let Err(e) = UnixStream::connect(socket(&record.dir)) {
         if let Some(how) = started.ended() {
-            let log = fs::read_to_string(record.dir.join("disks.log")).unwrap_or_default();
+            let log = fs::read_to_string(self::log(record)).unwrap_or_default();
             return Err(lacks(format!(
                 "qemu-storage-daemon does not start here ({how}): {}",
                 log.trim()
@@ -217,6 +228,11 @@ pub(super) fn start(record: &mut ShadowRecord, cfg: &LaunchConfig) -> Result<(),
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// What the daemon complained of.
+pub fn log(record: &ShadowRecord) -> PathBuf {
+    record.dir.join("disks.log")
 }
 
 fn arguments(images: &[Image], socket: &Path) -> Vec<String> {
@@ -238,6 +254,32 @@ fn arguments(images: &[Image], socket: &Path) -> Vec<String> {
         args.extend(["--export".into(), export]);
     }
     args
+}
+
+/// Has the daemon write all that it was told to, and say that each of these writes, from the first one on, went well.
+pub(super) fn flush(record: &ShadowRecord, cfg: &LaunchConfig) -> Result<(), String> {
+    let program = tool(cfg, "qemu-io").map_err(|e| e.to_string())?;
+    for n in 0..record.disks.len() {
+        let url = format!("nbd+unix:///{}?socket={}", export(n), socket(&record.dir).display());
+        let mut command = Command::new(&program);
+        command.args(["-f", "raw", "-c", "flush", &url]).stdin(Stdio::null());
+        let mut child = command.stdout(Stdio::null()).spawn().map_err(|e| e.to_string())?;
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        let status = loop {
+            match child.try_wait().map_err(|e| e.to_string())? {
+                Some(status) => break status,
+                None if Instant::now() > deadline => {
+                    let _ = child.kill();
+                    break child.wait().map_err(|e| e.to_string())?;
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        if !status.success() {
+            return Err(format!("disk {n} can't be flushed: qemu-io, {status}"));
+        }
+    }
+    Ok(())
 }
 
 /// Ends the daemon so that it closes its images: from here on they are the shadow's. That it is gone already is no error.
@@ -296,6 +338,7 @@ mod tests {
             format: DiskFormat::Qcow2,
             bytes,
             ours: true,
+            of: Default::default(),
         }
     }
 

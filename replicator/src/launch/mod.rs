@@ -11,6 +11,7 @@
 pub mod checks;
 pub mod command;
 pub mod disks;
+pub mod kept;
 mod lacks;
 pub mod process;
 
@@ -118,6 +119,9 @@ pub struct ShadowRecord {
     /// The daemon that fills the images.
     #[serde(default)]
     pub storage: Option<ProcessId>,
+    /// The number of the images: the session's that made them.
+    #[serde(default)]
+    pub token: u64,
 }
 
 impl ShadowRecord {
@@ -147,6 +151,7 @@ impl ShadowRecord {
             memory_cgroup: None,
             disks: disks::plan(spec, cfg, vm, session),
             storage: None,
+            token: session,
             dir,
         }
     }
@@ -158,6 +163,11 @@ impl ShadowRecord {
         fs::write(&new, serde_json::to_vec_pretty(self)?)?;
         File::open(&new)?.sync_all()?;
         fs::rename(new, path)
+    }
+
+    /// Its images were there before it.
+    fn keeps_on(&self) -> bool {
+        self.token != self.session
     }
 
     /// Whether its QEMU still runs.
@@ -200,9 +210,24 @@ static LAUNCHING: Mutex<()> = Mutex::new(());
 
 /// Starts a shadow. After a refusal nothing of it is left.
 pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> Result<Shadow, Refusal> {
+    launch_on(spec, cfg, vm, session, None)
+}
+
+/// The same, with images that were kept under a number.
+pub fn launch_on(
+    spec: &ShadowSpec,
+    cfg: &LaunchConfig,
+    vm: VmId,
+    session: u64,
+    kept: Option<(u64, Vec<disks::Image>)>,
+) -> Result<Shadow, Refusal> {
     let _one = LAUNCHING.lock().unwrap_or_else(PoisonError::into_inner);
     command::check(spec)?;
     let mut record = ShadowRecord::plan(spec, cfg, vm, session);
+    let fresh = kept.is_none();
+    if let Some((token, images)) = kept {
+        (record.token, record.disks) = (token, images);
+    }
     command::check_dir(&record.dir, spec)?;
     let binary = checks::binary(spec, cfg)?;
     checks::files(spec)?;
@@ -211,7 +236,9 @@ pub fn launch(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId, session: u64) -> 
     let bridges = checks::bridges(spec, cfg)?;
     make_dir(&cfg.ram_dir)?;
     checks::memory(spec, &cfg.ram_dir)?;
-    disks::check(&record.disks, cfg)?;
+    if fresh {
+        disks::check(&record.disks, cfg)?;
+    }
     make_dir(&cfg.run_dir)?;
     // Not made by make_dir: that it is new shows that no other shadow has this name.
     DirBuilder::new()
@@ -428,6 +455,8 @@ pub enum Images {
     Remove,
     /// They may be the only ones: the shadow was the VM, or nobody knows.
     Keep,
+    /// Noted for a source that comes again: see [`kept`].
+    Noted,
 }
 
 /// Ends a shadow's QEMU and removes all that was made for it. What is gone already is no error; of several errors the
@@ -443,6 +472,7 @@ pub fn discard(record: &ShadowRecord, images: Images) -> Result<(), Refusal> {
     for image in record.disks.iter().filter(|i| i.ours) {
         match images {
             Images::Remove => note(&image.path.display().to_string(), fs::remove_file(&image.path)),
+            Images::Noted => {}
             Images::Keep => tracing::warn!(vm = %record.vm, image = %image.path.display(), "the image is kept"),
         }
     }

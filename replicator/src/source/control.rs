@@ -45,11 +45,11 @@ impl Control {
         self.writer.send_message(message)
     }
 
-    /// Opens a session. The second value is its number, which the ram connection names.
-    pub fn hello(to: &Target<'_>, times: Timeouts, hello: &Message) -> Result<(Link, u64), Refusal> {
+    /// Opens a session. The second value is its number, which the ram connection names; the third, whether kept images are used.
+    pub fn hello(to: &Target<'_>, times: Timeouts, hello: &Message) -> Result<(Link, u64, bool), Refusal> {
         let mut link = open(to, times, hello, WELCOME_TIMEOUT)?;
         match link.reader.next_message().map_err(|e| unreachable(&e))? {
-            Message::Welcome { session } => Ok((link, session)),
+            Message::Welcome { session, resumed } => Ok((link, session, resumed)),
             Message::Refused { refusal } => Err(Refusal::new(RefusalCode::PeerRefused, refusal.to_string())),
             other => Err(unexpected(to.link, &other)),
         }

@@ -5,37 +5,35 @@
 //!     ─> the guest is stopped (pre-switchover), its writes drained ─> block-job-cancel: both sides equal ─> migrate-continue
 //! ```
 //! A mirror that is READY and is cancelled first copies what is left: then both images are equal, and the primary keeps its own.
-//! The copy is a background one: a guest's write never waits for the link. Whatever fails ends the job, not the guest.
+//! The copy is a background one: a guest's write never waits for the link. Whatever fails stops the job, not the guest.
+//!
+//! After a break the job waits in QEMU ([`super::park`]), whose dirty bitmap goes on: a new connection to the same image, and only what
+//! was written meanwhile travels.
 
-use std::fs;
-use std::io::Read;
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{getsockopt, sockopt};
 use serde_json::{Value, json};
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::replica::DiskProgress;
 use umbra_api::wire::control::Disk;
 
-use super::pump::{Shared, hold_back};
+use super::door::Door;
+use super::park;
+use super::pump::Shared;
 use super::session::Event;
 use crate::engine::Core;
 use crate::launch::disks::export;
-use crate::launch::make_dir;
 use crate::link::Link;
 use crate::proc::ProcessId;
 use crate::qmp::{self, Client};
-use crate::tunnel::{self, Carrier};
 use crate::urgent::Crew;
 
-const JOB: &str = "umbra-mirror-";
-const NODE: &str = "umbra-nbd-";
+pub(super) const JOB: &str = "umbra-mirror-";
+pub(super) const NODE: &str = "umbra-nbd-";
+/// QEMU connects while it adds the node.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -43,6 +41,10 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum News {
     Ready,
+    /// One that waited has a connection again, and goes on.
+    Back,
+    /// By what its target did. Its bitmap goes on.
+    Stopped,
     /// Asked for or not: who knows that it was is who asked.
     Ended {
         error: Option<String>,
@@ -51,10 +53,17 @@ pub enum News {
 
 struct Mirror {
     disk: Disk,
-    /// QEMU's connection, to end it.
-    local: UnixStream,
+    door: Arc<Door>,
+    /// It waits for a connection to the images that it had.
+    waits: bool,
+    /// Its first copy was complete before: QEMU says so once only.
+    again: bool,
     progress: DiskProgress,
 }
+
+/// One that goes on is as good as one that is complete for the first time when so little is left, which a guest that writes
+/// always leaves.
+const NEARLY: u64 = 4 << 20;
 
 pub struct Mirrors {
     qmp: Client,
@@ -72,6 +81,10 @@ pub struct Way<'a> {
     /// For the bandwidth limit, which ends with the switchover's hurry.
     pub core: &'a Arc<Core>,
     pub pace: &'a Arc<Shared>,
+    /// Whose images they are: names the nodes, so that it lives exactly as long as they do.
+    pub token: u64,
+    /// They wait in QEMU already.
+    pub resumed: bool,
     /// Opens the connection of a disk.
     pub connect: &'a dyn Fn(usize) -> Result<Link, Refusal>,
 }
@@ -88,8 +101,10 @@ impl Mirrors {
         if disks.is_empty() {
             return Ok(all);
         }
-        // Of a replicator that died.
-        sweep(qmp);
+        if !way.resumed {
+            // Of a replicator that died, or for images that are gone.
+            sweep(qmp);
+        }
         watch(qmp, events.clone());
         for (n, disk) in disks.iter().enumerate() {
             match mirror(qmp, n, disk, way, &all.crew) {
@@ -99,6 +114,10 @@ impl Mirrors {
                     return Err(refusal);
                 }
             }
+        }
+        if way.resumed {
+            let doors = all.mirrors.iter().map(|m| m.door.clone()).collect();
+            park::go_on(qmp, doors, way.token, events).inspect_err(|_| all.undo())?;
         }
         Ok(all)
     }
@@ -128,7 +147,16 @@ impl Mirrors {
                 tracing::info!(disk = mirror.disk.path, "the disk's first copy is complete");
                 Ok(())
             }
-            News::Ended { .. } if self.finished => Ok(()),
+            News::Back => {
+                mirror.waits = false;
+                mirror.again = park::job(&self.qmp, disk).is_some_and(|j| j["ready"] == true);
+                tracing::info!(disk = mirror.disk.path, "the disk's copy goes on where it was");
+                Ok(())
+            }
+            News::Stopped | News::Ended { .. } if self.finished => Ok(()),
+            // That is why it waits.
+            News::Stopped if mirror.waits => Ok(()),
+            News::Stopped => park::job(&self.qmp, disk).map_or(Ok(()), |job| stopped(&mirror.disk, &job)),
             News::Ended { error } => {
                 let why = error.unwrap_or_else(|| "somebody ended the job".into());
                 Err(failed(&mirror.disk, &why))
@@ -147,6 +175,7 @@ impl Mirrors {
             if let Some((copied, total)) = job.and_then(|j| Some((j["offset"].as_u64()?, j["len"].as_u64()?))) {
                 mirror.progress.copied_bytes = copied;
                 mirror.progress.total_bytes = total;
+                mirror.progress.ready |= mirror.again && total.saturating_sub(copied) <= NEARLY;
             }
         }
         self.mirrors.iter().map(|m| m.progress.clone()).collect()
@@ -180,8 +209,13 @@ impl Mirrors {
     pub fn cut(&mut self) {
         self.finished = true;
         for mirror in &self.mirrors {
-            end(&mirror.local);
+            mirror.door.close();
         }
+    }
+
+    /// The guest was not stopped for them yet: they can wait for another connection.
+    pub fn can_wait(&self) -> bool {
+        !self.finished && !self.mirrors.is_empty()
     }
 
     /// Leaves QEMU as if there had been no mirror.
@@ -194,13 +228,6 @@ impl Mirrors {
     }
 }
 
-/// Ends a connection with QEMU, and empties it: a QEMU that waits for room in a full socket is not woken by its end.
-fn end(mut local: &UnixStream) {
-    let _ = local.shutdown(std::net::Shutdown::Both);
-    let mut rest = [0; 64 << 10];
-    while local.set_nonblocking(true).is_ok() && matches!(local.read(&mut rest), Ok(1..)) {}
-}
-
 fn failed(disk: &Disk, why: &str) -> Refusal {
     Refusal::new(
         RefusalCode::Local,
@@ -208,59 +235,35 @@ fn failed(disk: &Disk, why: &str) -> Refusal {
     )
 }
 
+/// Why a job was stopped; a word that was late is none.
+fn stopped(disk: &Disk, job: &Value) -> Result<(), Refusal> {
+    let (code, why) = match job["io-status"].as_str() {
+        Some("ok") | None => return Ok(()),
+        Some("nospace") => (RefusalCode::TargetLacks, "the target's disk_dir has no space left"),
+        // The link or the daemon: the image may be good to go on with.
+        Some(_) => (RefusalCode::PeerUnreachable, "the target's image can't be written"),
+    };
+    Err(Refusal::new(
+        code,
+        format!("the mirror of the disk {}: {why}", disk.path),
+    ))
+}
+
+/// Names a mirror's target.
+pub(super) fn node(token: u64, disk: usize) -> String {
+    format!("{NODE}{token:x}-{disk}")
+}
+
 fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>, crew: &Arc<Crew>) -> Result<Mirror, Refusal> {
     let local = |what: &str, e: &dyn std::fmt::Display| failed(disk, &format!("{what}: {e}"));
+    let door = Door::open(n, way, crew).map_err(|e| local("its socket", &e))?;
     let link = (way.connect)(n)?;
-    let path = way.dir.join(format!("mirror-{}-{n}.sock", way.qemu.pid));
-    make_dir(way.dir)?;
-    // Of a replicator that died; a QEMU has one protection at a time.
-    let _ = fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).map_err(|e| local("its socket", &e))?;
-    let (hand, handed) = channel();
-    let (qemu, shown) = (way.qemu.pid, disk.path.clone());
-    let (core, pace, crew) = (way.core.clone(), way.pace.clone(), crew.clone());
-    let serve = move || {
-        let stream = match accept(&listener, &path, qemu) {
-            Ok(stream) => stream,
-            Err(why) => return tracing::warn!(disk = shown, "QEMU's NBD client: {why}"),
-        };
-        let Ok(other) = stream.try_clone() else { return };
-        let sent = |bytes| hold_back(&core.throttle, &pace, bytes);
-        let carrier = Carrier {
-            crew: &crew,
-            what: 0,
-            sent: &sent,
-        };
-        if hand.send(other).is_ok()
-            && let Err(why) = tunnel::carry(stream, link, &carrier)
-        {
-            tracing::warn!(disk = shown, "the disk's connection ends: {why}");
-        }
-    };
-    let at = way.dir.join(format!("mirror-{qemu}-{n}.sock"));
-    let thread = std::thread::Builder::new().name("disk".into()).spawn(serve);
-    thread.map_err(|e| local("no thread for it", &e))?;
-    let node = format!("{NODE}{n}");
-    let nbd = json!({
-        "driver": "nbd", "node-name": node, "export": export(n), "discard": "unmap",
-        "server": {"type": "unix", "path": at.display().to_string()},
-    });
-    qmp.execute("blockdev-add", nbd).map_err(|e| local("its target", &e))?;
-    let stream = handed
-        .recv_timeout(ACCEPT_TIMEOUT)
-        .map_err(|_| failed(disk, "QEMU's connection was not the one that was waited for"));
-    let job = json!({
-        "job-id": format!("{JOB}{n}"), "device": disk.node, "target": node, "sync": "full", "copy-mode": "background",
-    });
-    let begun = stream.and_then(|s| {
-        let begun = qmp
-            .execute("blockdev-mirror", job)
-            .map_err(|e| local("blockdev-mirror", &e));
-        begun.map(|_| s)
-    });
-    let begun = begun.inspect_err(|_| {
-        let _ = qmp.execute("blockdev-del", json!({ "node-name": node }));
-    })?;
+    door.clone()
+        .serve(link, disk.path.clone())
+        .map_err(|e| local("no thread for it", &e))?;
+    if !way.resumed {
+        begin(qmp, n, disk, &node(way.token, n), &door)?;
+    }
     Ok(Mirror {
         progress: DiskProgress {
             path: disk.path.clone(),
@@ -269,26 +272,36 @@ fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>, crew: &Arc<Crew>) 
             ready: false,
         },
         disk: disk.clone(),
-        local: begun,
+        door,
+        waits: way.resumed,
+        again: false,
     })
 }
 
-/// Waits for one connection, and takes it only from this QEMU.
-fn accept(listener: &UnixListener, path: &PathBuf, qemu: i32) -> Result<UnixStream, String> {
-    let timeout = PollTimeout::try_from(ACCEPT_TIMEOUT).unwrap_or(PollTimeout::MAX);
-    let came = poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], timeout);
-    let stream = match came {
-        Ok(0) => Err("it did not come".to_owned()),
-        Ok(_) => listener.accept().map(|(s, _)| s).map_err(|e| e.to_string()),
-        Err(e) => Err(e.to_string()),
+/// A new mirror.
+fn begin(qmp: &Client, n: usize, disk: &Disk, node: &str, door: &Door) -> Result<(), Refusal> {
+    let local = |what: &str, e: &dyn std::fmt::Display| failed(disk, &format!("{what}: {e}"));
+    let nbd = json!({
+        "driver": "nbd", "node-name": node, "export": export(n), "discard": "unmap",
+        "server": {"type": "unix", "path": door.path.display().to_string()},
+    });
+    qmp.execute("blockdev-add", nbd).map_err(|e| local("its target", &e))?;
+    let came = match door.wait(ACCEPT_TIMEOUT) {
+        true => Ok(()),
+        false => Err(failed(disk, "QEMU's connection was not the one that was waited for")),
     };
-    let _ = fs::remove_file(path);
-    let stream = stream?;
-    let peer = getsockopt(&stream, sockopt::PeerCredentials).map_err(|e| e.to_string())?;
-    match peer.pid() == qemu {
-        true => Ok(stream),
-        false => Err(format!("process {} connected instead of QEMU, {qemu}", peer.pid())),
-    }
+    // Stopped by what the target does, not ended: its bitmap is what a later connection goes on from.
+    let job = json!({
+        "job-id": format!("{JOB}{n}"), "device": disk.node, "target": node, "sync": "full", "copy-mode": "background",
+        "on-target-error": "stop",
+    });
+    let begun = came.and_then(|()| {
+        let begun = qmp.execute("blockdev-mirror", job);
+        begun.map_err(|e| local("blockdev-mirror", &e))
+    });
+    begun.map(|_| ()).inspect_err(|_| {
+        let _ = qmp.execute("blockdev-del", json!({ "node-name": node }));
+    })
 }
 
 /// Tells the driver what QEMU says of our jobs.
@@ -302,6 +315,7 @@ fn watch(qmp: &Client, events: Sender<Event>) {
 fn told(e: &qmp::Event) -> Option<(usize, News)> {
     match e.name.as_str() {
         "BLOCK_JOB_READY" => Some((number(&e.data)?, News::Ready)),
+        "BLOCK_JOB_ERROR" if e.data["action"] == "stop" => Some((number(&e.data)?, News::Stopped)),
         _ => ended(e).map(|(disk, .., error)| (disk, News::Ended { error })),
     }
 }
@@ -310,6 +324,8 @@ fn told(e: &qmp::Event) -> Option<(usize, News)> {
 fn ended(e: &qmp::Event) -> Option<(usize, u64, u64, Option<String>)> {
     let error = match e.name.as_str() {
         "BLOCK_JOB_COMPLETED" => e.data["error"].as_str().map(str::to_owned),
+        // It is stopped, and would wait for ever.
+        "BLOCK_JOB_ERROR" if e.data["action"] == "stop" => Some("the target's image can't be written".into()),
         // Cancelled before it was ready: not all was copied.
         "BLOCK_JOB_CANCELLED" => Some("it was cancelled".into()),
         _ => return None,
@@ -343,7 +359,7 @@ pub fn sweep(qmp: &Client) {
     }
 }
 
-fn ours(qmp: &Client, question: &str, key: &str, prefix: &str) -> Vec<String> {
+pub(super) fn ours(qmp: &Client, question: &str, key: &str, prefix: &str) -> Vec<String> {
     let answer = qmp.execute(question, Value::Null).unwrap_or_default();
     let names = answer.as_array().into_iter().flatten().filter_map(|v| v[key].as_str());
     names.filter(|n| n.starts_with(prefix)).map(str::to_owned).collect()
@@ -377,6 +393,10 @@ mod tests {
         );
         let cancelled = ended(&event("BLOCK_JOB_CANCELLED", whole)).and_then(|(.., e)| e);
         assert!(cancelled.is_some_and(|e| e.contains("cancelled")));
+        let stopped = json!({"device": "umbra-mirror-0", "operation": "write", "action": "stop"});
+        assert!(matches!(of("BLOCK_JOB_ERROR", stopped), Some((0, News::Stopped))));
+        let reported = json!({"device": "umbra-mirror-0", "operation": "read", "action": "report"});
+        assert_eq!(of("BLOCK_JOB_ERROR", reported), None);
         let broken = json!({"device": "umbra-mirror-0", "error": "No space left"});
         let news = of("BLOCK_JOB_COMPLETED", broken);
         assert_eq!(
@@ -388,5 +408,19 @@ mod tests {
                 }
             ))
         );
+    }
+    #[test]
+    fn a_stopped_mirror_says_whether_its_image_is_good_to_go_on_with() {
+        let disk = Disk {
+            node: "n".into(),
+            device: "d".into(),
+            path: "/x".into(),
+            format: umbra_api::wire::control::DiskFormat::Raw,
+            bytes: 512,
+        };
+        let code = |status: &str| stopped(&disk, &json!({"io-status": status})).err().map(|r| r.code);
+        assert_eq!(code("ok"), None, "it goes on by now");
+        assert_eq!(code("failed"), Some(RefusalCode::PeerUnreachable));
+        assert_eq!(code("nospace"), Some(RefusalCode::TargetLacks));
     }
 }

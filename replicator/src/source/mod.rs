@@ -1,12 +1,14 @@
 //! The side on which the VM runs: adopts the primary, seeds and holds its shadow, and hands it over.
 //!
 //! [`machine`] decides, [`session`] drives it and owns the thread, [`migration`] is QEMU's part, [`pump`] carries the
-//! pages, [`mirror`] copies private disks, [`control`] talks to the target, [`times`] makes the report.
+//! pages, [`mirror`] copies private disks and [`park`] has it wait, [`control`] talks to the target, [`times`] makes the report.
 
 pub mod control;
+mod door;
 pub mod machine;
 pub mod migration;
 pub mod mirror;
+pub mod park;
 pub mod pump;
 pub mod session;
 pub mod times;

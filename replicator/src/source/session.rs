@@ -1,7 +1,8 @@
 //! Drives one protection on the source: turns what happens into the machine's inputs, and carries out its actions.
 //!
-//! [`open`] begins, here it runs, and [`undecided`] asks until it is answered.
+//! [`open`] begins, here it runs, [`disks`] is what comes of its private disks, and [`undecided`] asks until it is answered.
 
+mod disks;
 mod open;
 mod undecided;
 
@@ -109,6 +110,8 @@ pub struct Session {
     qmp: Option<Client>,
     migration: Option<Migration>,
     mirrors: Option<Mirrors>,
+    /// The mirrors may wait for another link.
+    waits: bool,
     /// The first full pass is in the shadow's RAM.
     seeded: bool,
     pump: Arc<Shared>,
@@ -183,6 +186,7 @@ impl Session {
             qmp,
             migration: None,
             mirrors: None,
+            waits: false,
             seeded: false,
             pump: Arc::default(),
             control: None,
@@ -328,36 +332,6 @@ impl Session {
     fn maybe_seeded(&mut self) {
         if self.seeded && self.mirrors.as_ref().is_none_or(Mirrors::are_ready) && self.machine.state == State::Seeding {
             self.input(Input::Seeded);
-        }
-    }
-
-    /// The guest is stopped and its writes are drained: makes the disks equal, and lets QEMU go on.
-    fn pre_switchover(&mut self) {
-        if !matches!(self.machine.state, State::Stopping { .. }) {
-            let why = "the migration came to its end unasked: somebody stopped the VM";
-            return self.input(Input::MigrationFailed(why.into()));
-        }
-        self.core.faults.before(Side::Source, "disks");
-        let deadline = self.give_up_at.unwrap_or_else(Instant::now);
-        let began = Instant::now();
-        let equal = self.mirrors.as_mut().map_or(Ok(()), |m| m.finish(deadline));
-        self.report.disks_us = began.elapsed().as_micros() as u64;
-        let drained = self.times.stopped.map(|t| began.saturating_duration_since(t));
-        tracing::info!(vm = %self.plan.vm, ?drained, equal = ?began.elapsed(), "the disks of the stopped guest");
-        let went = equal.and_then(|()| match self.migration.as_ref().map(Migration::go_on) {
-            Some(Err(e)) => Err(e.into()),
-            _ => Ok(()),
-        });
-        self.core.faults.after(Side::Source, "disks");
-        match (went, self.machine.state.clone()) {
-            (Err(refusal), _) => self.input(Input::Failed(refusal)),
-            // Behind QEMU's word, which more waits for.
-            (Ok(()), State::Stopping { epoch }) => {
-                if let Some(lost) = self.say(&Message::DisksEqual { epoch }) {
-                    self.input(lost);
-                }
-            }
-            _ => {}
         }
     }
 
@@ -507,14 +481,13 @@ impl Session {
                 self.give_up_at = None;
                 // First: with its disks' sockets closed, nothing in QEMU waits for the link.
                 if let Some(mirrors) = self.mirrors.as_mut() {
+                    self.waits = mirrors.can_wait();
                     mirrors.cut();
                 }
                 if let Some(Err(why)) = self.migration.take().map(|m| m.abandon()) {
                     tracing::error!(vm = %self.plan.vm, "the migration's end is not known: {why}");
                 }
-                if let Some(mut mirrors) = self.mirrors.take() {
-                    mirrors.undo();
-                }
+                self.leave_mirrors();
                 None
             }
             Action::Resolve { .. } => {
@@ -586,16 +559,8 @@ impl Session {
                 self.input(lost);
             }
             self.ask_disks();
+            self.maybe_seeded();
             self.publish();
-        }
-    }
-
-    fn ask_disks(&mut self) {
-        if let State::Seeding | State::Standby = self.machine.state
-            && let Some(mirrors) = self.mirrors.as_mut().filter(|m| !m.is_empty())
-        {
-            let disks = mirrors.progress();
-            self.status.lock().unwrap_or_else(PoisonError::into_inner).disks = disks;
         }
     }
 

@@ -56,6 +56,11 @@ impl HandOver {
         Ok(())
     }
 
+    /// The shadow may have touched its images.
+    pub fn has_begun(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).begun
+    }
+
     /// Whether they are the shadow's. Without disks they always are.
     pub fn wait(&self) -> Result<(), String> {
         let over = self.0.lock().unwrap_or_else(PoisonError::into_inner).over.take();

@@ -132,6 +132,7 @@ fn open(
             host,
             port,
             spec,
+            resume,
         } => {
             proven(&host)?;
             let hello = Hello {
@@ -141,10 +142,14 @@ fn open(
                 host,
                 link: port.and_then(|p| back(peer, p)),
                 spec: *spec,
+                resume,
             };
-            let (session, events) = engine.hello(hello, reply.clone())?;
-            reply.send(&Message::Welcome { session });
-            Ok(Some(events))
+            let welcome = engine.hello(hello, reply.clone())?;
+            reply.send(&Message::Welcome {
+                session: welcome.session,
+                resumed: welcome.resumed,
+            });
+            Ok(Some(welcome.events))
         }
         Message::Resolve { vm, epoch } => {
             // Only the VM's own source may ask: asking decides.

@@ -130,6 +130,8 @@ pub struct Session {
     load_us: u64,
     resumed: (i64, u64),
     left: bool,
+    /// No epoch was prepared for it.
+    undecided: bool,
     /// The shadow was told to run, or may have been: its disks' images may be the only ones.
     ran: bool,
     /// Of the events behind the first `cont`.
@@ -148,7 +150,7 @@ impl Session {
             shadow.record.clone(),
             Some(shadow.qmp.clone()),
             Some(control),
-            false,
+            (false, false),
         )
     }
 
@@ -172,7 +174,9 @@ impl Session {
             Durable::Prepared { .. } => !waits,
             _ => false,
         };
-        Self::spawn(core, plan, begin, record, qmp, None, ran)
+        // The disk tells of a handed over image only with 'prepared'.
+        let decided = durable != Durable::Shadow;
+        Self::spawn(core, plan, begin, record, qmp, None, (ran, decided))
     }
 
     fn spawn(
@@ -182,7 +186,7 @@ impl Session {
         record: ShadowRecord,
         qmp: Option<Client>,
         control: Option<Reply>,
-        ran: bool,
+        (ran, decided): (bool, bool),
     ) -> std::io::Result<Handle> {
         let (sender, events) = channel();
         let status = ReplicaStatus {
@@ -227,6 +231,7 @@ impl Session {
             load_us: 0,
             resumed: (0, 0),
             left: false,
+            undecided: !decided,
             ran,
             cont: None,
             progress: Progress::default(),
@@ -489,7 +494,11 @@ impl Session {
         self.qmp = None;
         self.tiers.end();
         self.syncer = None;
-        let images = if self.ran { Images::Keep } else { Images::Remove };
+        let images = match self.ran {
+            true => Images::Keep,
+            false if self.comes_again() && self.keep() => Images::Noted,
+            false => Images::Remove,
+        };
         match launch::discard(&self.record, images) {
             Ok(()) => {
                 let forgotten = self.core.journal.update(self.plan.vm, |r| {
@@ -502,6 +511,26 @@ impl Session {
                 }
             }
             Err(e) => tracing::error!(vm = %self.plan.vm, "the shadow is not cleaned up: {e}"),
+        }
+    }
+
+    /// Lost, not ended: the same source may want the same shadow again.
+    fn comes_again(&self) -> bool {
+        let lost = |r: &Refusal| matches!(r.code, RefusalCode::PeerUnreachable | RefusalCode::Local);
+        let error = matches!(&self.machine.state, State::Discarded { error: Some(e) } if lost(e));
+        error && self.undecided && !self.disks.has_begun() && !self.record.disks.is_empty()
+    }
+
+    fn keep(&self) -> bool {
+        match launch::kept::keep(&self.record, &self.plan.peer, &self.core.config.launch()) {
+            Ok(()) => {
+                tracing::info!(vm = %self.plan.vm, "the images are kept for a while");
+                true
+            }
+            Err(why) => {
+                tracing::warn!(vm = %self.plan.vm, "the images are not kept: {why}");
+                false
+            }
         }
     }
 

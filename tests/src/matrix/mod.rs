@@ -119,7 +119,7 @@ use Outcome::{Dies as D, Either as E, Moves as M, Same as N, Stays as S};
 
 /// In the order of the protocol: the shadow takes over from SHUT on ('shut'), before it the primary runs on.
 #[rustfmt::skip]
-pub const MATRIX: [Row; 25] = [
+pub const MATRIX: [Row; 26] = [
     //                                                    source target primary shadow cut stall full rps
     row(Point::Seeding,                                   [S,     S,     D,      S,     S,  N,    S,   N]),
     row(Point::Standby,                                   [S,     S,     N,      S,     S,  S,    S,   S]),
@@ -127,6 +127,7 @@ pub const MATRIX: [Row; 25] = [
     row(Point::Step("source after write.preparing"),      [S,     S,     N,      S,     S,  N,    N,   N]),
     row(Point::Step("source after stop"),                 [S,     S,     N,      S,     S,  S,    E,   M]),
     row(Point::Step("source before disks"),               [S,     S,     D,      S,     S,  N,    N,   N]),
+    row(Point::Step("source before go_on"),               [S,     S,     N,      N,     S,  N,    N,   N]),
     row(Point::Step("source after disks"),                [S,     S,     N,      S,     S,  N,    N,   N]),
     row(Point::Step("target before write.prepared"),      [S,     S,     M,      S,     S,  N,    N,   N]),
     row(Point::Step("target after write.prepared"),       [S,     S,     N,      S,     S,  S,    N,   N]),

@@ -12,6 +12,7 @@ use crate::source::control::Control;
 use crate::source::machine::{Durable, Input, Machine};
 use crate::source::migration::{Migration, Primary, ask_primary};
 use crate::source::mirror::{self, Mirrors, Way};
+use crate::source::park;
 use crate::source::pump::Pump;
 use crate::urgent;
 
@@ -29,7 +30,13 @@ impl Session {
     /// Hello, ram connection, mirrors, migration, in the order in which they can still be refused at no cost for the guest.
     fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
         let (plan, disks) = (&self.plan, spec.disks.clone());
+        let qmp = self
+            .qmp
+            .clone()
+            .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
+        let waiting = park::waiting(&qmp, disks.len());
         let hello = Message::Hello {
+            resume: waiting,
             vm: plan.vm,
             name: plan.name.clone(),
             epoch: plan.epoch,
@@ -37,7 +44,7 @@ impl Session {
             port: self.core.config.link_listen.map(|a| a.port()),
             spec: Box::new(spec),
         };
-        let (link, session) = Control::hello(&self.target(), self.times(), &hello)?;
+        let (link, session, resumed) = Control::hello(&self.target(), self.times(), &hello)?;
         self.control = Some(Control::listen(
             link,
             self.times(),
@@ -45,15 +52,14 @@ impl Session {
             self.sender.clone(),
         )?);
         let ram = Control::attach(&self.target(), self.times(), session)?;
-        let qmp = self
-            .qmp
-            .clone()
-            .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
+        let resumed = waiting.filter(|_| resumed);
         let way = Way {
             dir: &self.core.config.run_dir,
             qemu: plan.process,
             core: &self.core,
             pace: &self.pump,
+            token: resumed.unwrap_or(session),
+            resumed: resumed.is_some(),
             connect: &|disk| Control::attach_disk(&self.target(), self.times(), session, disk),
         };
         let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
@@ -93,12 +99,11 @@ impl Session {
         self.machine = machine;
         self.perform(actions);
         // Behind what lets the guest run on: what is left of mirrors is in nobody's way.
-        if let Some(qmp) = self
-            .qmp
-            .as_ref()
-            .filter(|_| !matches!(durable, Durable::HandedOver { .. }))
-        {
-            mirror::sweep(qmp);
+        match (durable, self.qmp.as_ref()) {
+            (Durable::HandedOver { .. }, _) | (_, None) => {}
+            // Of a guest that runs: one that is stopped may have been at its disks' end.
+            (Durable::Protecting, Some(_)) if primary == Primary::Runs => self.core.parked.note(self.plan.vm),
+            (_, Some(qmp)) => mirror::sweep(qmp),
         }
         self.publish();
     }

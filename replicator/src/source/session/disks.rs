@@ -1,0 +1,67 @@
+//! The private disks of a protection, from the first copy to their end.
+
+use std::sync::PoisonError;
+use std::time::Instant;
+
+use umbra_api::order::RefusalCode;
+use umbra_api::wire::control::Message;
+
+use super::Session;
+use crate::faults::Side;
+use crate::source::machine::{Input, State};
+use crate::source::migration::Migration;
+
+impl Session {
+    /// The guest is stopped and its writes are drained: makes the disks equal, and lets QEMU go on.
+    pub(super) fn pre_switchover(&mut self) {
+        if !matches!(self.machine.state, State::Stopping { .. }) {
+            let why = "the migration came to its end unasked: somebody stopped the VM";
+            return self.input(Input::MigrationFailed(why.into()));
+        }
+        self.core.faults.before(Side::Source, "disks");
+        let deadline = self.give_up_at.unwrap_or_else(Instant::now);
+        let began = Instant::now();
+        let equal = self.mirrors.as_mut().map_or(Ok(()), |m| m.finish(deadline));
+        self.report.disks_us = began.elapsed().as_micros() as u64;
+        let drained = self.times.stopped.map(|t| began.saturating_duration_since(t));
+        tracing::info!(vm = %self.plan.vm, ?drained, equal = ?began.elapsed(), "the disks of the stopped guest");
+        let went = equal.and_then(|()| {
+            self.core.faults.before(Side::Source, "go_on");
+            match self.migration.as_ref().map(Migration::go_on) {
+                Some(Err(e)) => Err(e.into()),
+                _ => Ok(()),
+            }
+        });
+        self.core.faults.after(Side::Source, "disks");
+        match (went, self.machine.state.clone()) {
+            (Err(refusal), _) => self.input(Input::Failed(refusal)),
+            // Behind QEMU's word, which more waits for.
+            (Ok(()), State::Stopping { epoch }) => {
+                if let Some(lost) = self.say(&Message::DisksEqual { epoch }) {
+                    self.input(lost);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A lost link is not the end of a copy that went well: its mirrors wait for another one.
+    pub(super) fn leave_mirrors(&mut self) {
+        let Some(mut mirrors) = self.mirrors.take() else { return };
+        let lost =
+            matches!(&self.machine.state, State::Ended { error: Some(e) } if e.code == RefusalCode::PeerUnreachable);
+        match lost && self.waits {
+            true => self.core.parked.note(self.plan.vm),
+            false => mirrors.undo(),
+        }
+    }
+
+    pub(super) fn ask_disks(&mut self) {
+        if let State::Seeding | State::Standby = self.machine.state
+            && let Some(mirrors) = self.mirrors.as_mut().filter(|m| !m.is_empty())
+        {
+            let disks = mirrors.progress();
+            self.status.lock().unwrap_or_else(PoisonError::into_inner).disks = disks;
+        }
+    }
+}
