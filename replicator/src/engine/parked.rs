@@ -1,5 +1,6 @@
 //! What waits for a link that was lost, on both sides: mirrors in a primary's QEMU, and the images of a shadow. It waits for some minutes.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use umbra_api::VmId;
 use umbra_api::replica::Phase;
 
-use super::{Engine, QMP_TIMEOUT};
+use super::{Engine, Entry, QMP_TIMEOUT};
 use crate::launch::kept;
 use crate::qmp::Client;
 use crate::source;
@@ -32,12 +33,7 @@ pub(super) fn watch(engine: &Arc<Engine>) -> std::io::Result<()> {
 impl Engine {
     fn expire(&self, age: Duration) {
         for vm in self.core.parked.due(age) {
-            let vms = self.lock();
-            let busy = |s: &source::Handle| !matches!(s.status().phase, Phase::Released | Phase::Failed);
-            if !vms.get(&vm).and_then(|e| e.source.as_ref()).is_some_and(busy) {
-                // Under the lock: a protection that begins would want the same monitor.
-                self.unpark(vm);
-            }
+            self.unpark(vm);
         }
         kept::expire(&self.core.config.launch().disk_dir, age, None);
     }
@@ -53,10 +49,23 @@ impl Engine {
         let Some(source) = self.core.journal.get(vm).and_then(|r| r.source) else {
             return;
         };
+        // One that is protected anew has its mirrors back, or no more.
+        let busy = |vms: &HashMap<VmId, Entry>| {
+            let source = vms.get(&vm).and_then(|e| e.source.as_ref());
+            source.is_some_and(|s| !matches!(s.status().phase, Phase::Released | Phase::Failed))
+        };
+        if !source.qemu.id.alive() || busy(&self.lock()) {
+            return;
+        }
+        // A monitor that is busy is not waited for under the lock, where all orders come by.
         let connect = |p: &PathBuf| Client::connect(p, QMP_TIMEOUT).ok();
-        if source.qemu.id.alive()
-            && let Some(qmp) = source.qemu.qmp.iter().find_map(connect)
-        {
+        let Some(qmp) = source.qemu.qmp.iter().find_map(connect) else {
+            tracing::warn!(%vm, "no monitor to end the mirrors that wait: looked again later");
+            return self.core.parked.note(vm);
+        };
+        let vms = self.lock();
+        // Under the lock: a protection that begins has mirrors of the same names.
+        if !busy(&vms) {
             source::mirror::sweep(&qmp);
         }
     }
