@@ -124,6 +124,8 @@ pub struct SlotRow {
     pub key: SeriesKey,
     pub start: UnixMs,
     pub usage: Usage,
+    /// Umbra itself copied a VM on the host.
+    pub disturbed: bool,
 }
 
 /// What is known of a host.
@@ -491,6 +493,7 @@ impl World {
                     key: key.clone(),
                     start: shape.start_of(slot),
                     usage,
+                    disturbed: series.is_disturbed(slot),
                 })
             })
             .collect()
@@ -499,7 +502,8 @@ impl World {
     /// Puts stored slots back, oldest first, before the first batch is applied. A VM is in the outlook once an agent
     /// reports it again.
     pub fn load(&mut self, rows: impl IntoIterator<Item = SlotRow>, now: UnixMs) {
-        let slot_ms = self.params.shape.slot_ms;
+        let shape = self.params.shape;
+        let slot_ms = shape.slot_ms;
         for row in rows {
             let end = row.start.plus_ms(i64::try_from(slot_ms).unwrap_or(i64::MAX));
             let series = match &row.key {
@@ -507,6 +511,9 @@ impl World {
                 SeriesKey::Host(host) => &mut self.host_mut(host, now).own,
             };
             series.add(end, slot_ms, row.usage);
+            if row.disturbed {
+                series.disturb(shape.slot_of(row.start));
+            }
         }
     }
 

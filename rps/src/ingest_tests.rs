@@ -277,6 +277,38 @@ fn closed_slots_come_back_after_a_restart() {
     );
 }
 
+/// Slots of a minute; two VMs are copied, the longer copy of both is told of last; and the RPS restarts.
+#[test]
+fn slots_of_our_own_copies_stay_disturbed_whatever_the_order_and_over_a_restart() {
+    let params = WorldParams {
+        shape: Shape {
+            slot_ms: 60_000,
+            ..SHAPE
+        },
+        ..params()
+    };
+    let minute = |m: i64| at(m * 60 - T0 / 1_000 % 60);
+    let mut w = World::new(params);
+    for m in 1..=12 {
+        let batch = SampleBatch {
+            t: minute(m),
+            interval_ms: 60_000,
+            ..batch("a", m as u64, 0, 500, vec![vm(1, 300, 0, false), vm(2, 300, 0, false)])
+        };
+        w.apply(&batch, minute(m)).unwrap();
+    }
+    w.disturb(&name("a"), minute(7).plus_ms(50_000), minute(7).plus_ms(53_000));
+    w.disturb(&name("a"), minute(4).plus_ms(58_000), minute(5).plus_ms(2_000));
+    let disturbed = |w: &World| -> Vec<i64> {
+        let (series, first) = (w.vm(id(2)).unwrap().series(), params.shape.slot_of(minute(0)));
+        (0..12).filter(|m| series.is_disturbed(first + m)).collect()
+    };
+    assert_eq!(disturbed(&w), [4, 5, 7]);
+    let mut restarted = World::new(params);
+    restarted.load(w.closed_slots(UnixMs(0)), minute(12));
+    assert_eq!(disturbed(&restarted), [4, 5, 7]);
+}
+
 proptest! {
     /// Each sequence number counts once, in whatever order batches come within the window of 64.
     #[test]

@@ -10,7 +10,7 @@
 //! A slot that was covered less than half is a gap. A slot in which Umbra itself copied a VM on the host is *disturbed*:
 //! it is kept and shown, and no forecast learns from it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use umbra_api::UnixMs;
 
@@ -112,12 +112,9 @@ pub struct Series {
     open: VecDeque<Open>,
     /// Index of the oldest open slot; the closed ones end right before it.
     first_open: i64,
-    /// Ascending.
-    disturbed: VecDeque<i64>,
+    /// Of those that are kept.
+    disturbed: BTreeSet<i64>,
 }
-
-/// Disturbed slots that are remembered a series.
-const DISTURBED_KEPT: usize = 256;
 
 impl Series {
     pub fn new(shape: Shape) -> Self {
@@ -126,17 +123,22 @@ impl Series {
             closed: VecDeque::new(),
             open: VecDeque::new(),
             first_open: 0,
-            disturbed: VecDeque::new(),
+            disturbed: BTreeSet::new(),
         }
     }
 
-    /// What is measured in this slot is not demand. Slots are told in their order; an older one than the last is not taken.
+    /// What is measured in this slot is not demand. Copies are told of in any order: one may end while another one, which
+    /// began earlier, goes on.
     pub fn disturb(&mut self, slot: i64) {
-        if self.disturbed.back().is_none_or(|last| *last < slot) {
-            self.disturbed.push_back(slot);
-        }
-        if self.disturbed.len() > DISTURBED_KEPT {
-            self.disturbed.pop_front();
+        self.disturbed.insert(slot);
+        let kept = self
+            .shape
+            .keep_slots
+            .saturating_add(self.shape.late_slots)
+            .saturating_add(1);
+        let first = self.first_slot();
+        while self.disturbed.len() > kept || self.disturbed.first().is_some_and(|s| *s < first) {
+            self.disturbed.pop_first();
         }
     }
 
@@ -161,8 +163,8 @@ impl Series {
         window
     }
 
-    fn is_disturbed(&self, slot: i64) -> bool {
-        self.disturbed.binary_search(&slot).is_ok()
+    pub fn is_disturbed(&self, slot: i64) -> bool {
+        self.disturbed.contains(&slot)
     }
 
     /// Merges a sample: `usage` held during the `interval_ms` that end at `end`.

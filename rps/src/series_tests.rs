@@ -142,11 +142,29 @@ fn a_disturbed_slot_is_shown_and_not_learnt() {
     for (slot, cores) in [(10, 0.25), (11, 0.5), (12, 0.875), (13, 0.8)] {
         s.add(UnixMs((slot + 1) * 1_000), 1_000, cpu(cores));
     }
-    [12, 12, 11, 13].into_iter().for_each(|slot| s.disturb(slot));
+    // A copy that began in slot 11 ends after a shorter one.
+    [12, 12, 13, 11].into_iter().for_each(|slot| s.disturb(slot));
     assert_eq!(value(&s, 12), Some(0.875), "measured is measured");
     assert_eq!(s.newest_before(20), Some(13));
-    assert_eq!(s.newest_undisturbed(20), Some(11), "the past is not rewritten");
+    assert_eq!(s.newest_undisturbed(20), Some(10));
     s.add(UnixMs(15_000), 1_000, cpu(0.375));
     let demand: Vec<Option<f64>> = s.demand(14, 10).iter().map(|u| u.map(|u| u.cpu_cores)).collect();
-    assert_eq!(demand, [Some(0.25), Some(0.5), None, None, Some(0.375)]);
+    assert_eq!(demand, [Some(0.25), None, None, None, Some(0.375)]);
+}
+
+#[test]
+fn disturbances_are_kept_as_long_as_their_slots() {
+    let mut s = Series::new(SHAPE);
+    let kept = SHAPE.keep_slots + SHAPE.late_slots + 1;
+    // Of a host of which nothing is measured.
+    (0..5_000).for_each(|slot| s.disturb(slot));
+    assert!(s.disturbed.len() <= kept);
+    for slot in 5_000..5_500 {
+        s.add(UnixMs((slot + 1) * 1_000), 1_000, cpu(0.5));
+        s.disturb(slot);
+    }
+    assert_eq!(s.disturbed.len(), kept, "all that are kept, and no others");
+    s.disturb(4_000);
+    assert!(!s.is_disturbed(4_000));
+    assert!(s.demand(5_499, 1_000).iter().all(Option::is_none));
 }

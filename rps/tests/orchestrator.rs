@@ -127,6 +127,35 @@ fn a_restart_in_every_stage_changes_nothing() {
     }
 }
 
+#[test]
+fn copies_that_began_and_ended_within_a_slot_are_known() {
+    let mut sim = Sim::new(1);
+    let begun = sim.now;
+    go_away(&mut sim);
+    let ended = sim.now;
+    let told = |sim: &Sim, slot_ms| -> Vec<(String, UnixMs, UnixMs)> {
+        let all = sim.core.copying(slot_ms, sim.now);
+        all.map(|(host, since, until)| (host.to_string(), since, until))
+            .collect()
+    };
+    // The first copy, the move and the way back, with slots of a minute: from the first order on, without a hole but the standby.
+    let all = told(&sim, 60_000);
+    for host in ["a", "b"] {
+        let mine = all.iter().filter(|(h, since, until)| h == host && since < until);
+        let spans: Vec<(UnixMs, UnixMs)> = mine.map(|(_, since, until)| (*since, *until)).collect();
+        assert!(
+            spans.iter().any(|(since, _)| *since <= begun.plus_ms(1_000)),
+            "{spans:?}"
+        );
+        assert!(spans.iter().any(|(_, until)| ended.since(*until) < 1_000), "{spans:?}");
+        assert!(spans.len() >= 4, "provisioning, seeding, switching, active: {spans:?}");
+    }
+    while sim.now.since(ended) < 120_500 {
+        sim.tick();
+    }
+    assert!(told(&sim, 60_000).is_empty(), "of long ago");
+}
+
 /// 200 MiB in use, `resident` of it in RAM; 10 MiB/s were measured.
 fn cold(resident_mib: u64) -> ShadowMemory {
     ShadowMemory {

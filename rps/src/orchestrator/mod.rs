@@ -36,7 +36,7 @@ use crate::store::Write;
 
 use orders::{Answer, OrderRecord};
 pub use timing::Timing;
-use turn::{Book, Turn};
+use turn::{Book, Turn, copies};
 
 /// What can happen to the core.
 #[derive(Clone, Debug)]
@@ -262,18 +262,20 @@ impl Core {
     /// Hosts on which copies and moves are under way or were so a slot ago, and from when until when.
     pub fn copying(&self, slot_ms: u64, now: UnixMs) -> impl Iterator<Item = (&HostId, UnixMs, UnixMs)> {
         let slot = i64::try_from(slot_ms).unwrap_or(i64::MAX);
-        self.states.values().flat_map(move |s| {
-            use Stage::{Active, FailingBack, Provisioning, Seeding, Switching};
-            let busy = matches!(s.stage, Provisioning | Seeding | Switching | Active | FailingBack);
-            // The slot in which it ended.
-            let was = s.stage != Stage::Failed && now.0 <= s.since.0.saturating_add(slot.saturating_mul(2));
+        let fresh = move |until: UnixMs| now.0 <= until.0.saturating_add(slot.saturating_mul(2));
+        let stages = self.states.values().flat_map(move |s| {
+            let busy = copies(s.stage);
+            // One that ended before a restart is known by when the next stage began.
+            let was = s.stage != Stage::Failed && fresh(s.since);
             let until = if busy { now } else { s.since };
-            [Some(&s.host), s.shadow.as_ref()]
-                .into_iter()
-                .flatten()
+            let hosts = std::iter::once(&s.host).chain(&s.shadow);
+            hosts
                 .filter(move |_| busy || was)
                 .map(move |host| (host, s.since, until))
-        })
+        });
+        let ended = self.books.values().flat_map(|b| &b.copied);
+        let ended = ended.filter(move |c| fresh(c.until));
+        stages.chain(ended.flat_map(|c| c.hosts.iter().map(|host| (host, c.since, c.until))))
     }
 
     /// Takes note of VMs that the agents tell of.

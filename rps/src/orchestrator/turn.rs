@@ -1,6 +1,8 @@
 //! What one VM can do in its turn: ask for orders, go along edges, lead the traffic over. Everything it does is
 //! in the outputs.
 
+use std::collections::VecDeque;
+
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::{OrderKind, Peak, RefusalCode};
 use umbra_api::replica::{ReplicaStatus, Role};
@@ -23,7 +25,26 @@ const ORDERS_KEPT: usize = 64;
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Book {
     pub orders: Vec<OrderRecord>,
+    /// The newest last.
+    pub copied: VecDeque<Copied>,
     redirecting: Vec<Redirecting>,
+}
+
+/// Copies and moves of a VM that are remembered.
+const COPIED_KEPT: usize = 16;
+
+/// A stage in which Umbra itself loaded the VM's hosts, and has ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Copied {
+    pub hosts: Vec<HostId>,
+    pub since: UnixMs,
+    pub until: UnixMs,
+}
+
+/// Umbra loads a VM's hosts in this stage.
+pub fn copies(stage: Stage) -> bool {
+    use Stage::{Active, FailingBack, Provisioning, Seeding, Switching};
+    matches!(stage, Provisioning | Seeding | Switching | Active | FailingBack)
 }
 
 impl Book {
@@ -159,6 +180,15 @@ impl Turn<'_> {
         let before = self.state.clone();
         let (next, edge) = apply(self.state, event, self.now)?;
         *self.state = next;
+        if copies(before.stage) {
+            self.book.copied.push_back(Copied {
+                hosts: std::iter::once(&before.host).chain(&before.shadow).cloned().collect(),
+                since: before.since,
+                until: self.now,
+            });
+            let spare = self.book.copied.len().saturating_sub(COPIED_KEPT);
+            self.book.copied.drain(..spare);
+        }
         if self.state.host != before.host {
             let ms = self.policy.cooldown_ms(0);
             self.state.cooldown_until = Some(self.now.plus_ms(i64::try_from(ms).unwrap_or(i64::MAX)));

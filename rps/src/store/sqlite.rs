@@ -1,7 +1,7 @@
 //! The store in one SQLite file. WAL, so that readers never wait; `synchronous=FULL`, so that a commit survives a power
 //! cut: an order that was sent is always known again.
 //!
-//! Schema versions: 1 the first one.
+//! Schema versions: 1 the first one; 2 which slots a copy of our own disturbed.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,8 @@ use crate::ingest::{SeriesKey, SlotRow};
 use crate::series::Usage;
 
 /// Each entry lifts the schema by one version.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE vms (vm TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT;
     CREATE TABLE orders (
         id TEXT PRIMARY KEY, vm TEXT NOT NULL, epoch INTEGER NOT NULL, t INTEGER NOT NULL,
@@ -38,7 +39,9 @@ const MIGRATIONS: [&str; 1] = ["
         PRIMARY KEY (start, series)
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-"];
+",
+    "ALTER TABLE slots ADD COLUMN disturbed INTEGER NOT NULL DEFAULT 0",
+];
 
 /// `umbR`, so that another program's database is not taken for ours.
 const APPLICATION_ID: i64 = 0x756d_6252;
@@ -190,7 +193,8 @@ impl Store for SqliteStore {
     }
 
     fn slots(&self, since: UnixMs) -> Result<Vec<SlotRow>, StoreError> {
-        let sql = "SELECT series, start, cpu_cores, wait_ms_per_s, rss_bytes, net_bytes_per_s, disk_bytes_per_s
+        let sql =
+            "SELECT series, start, cpu_cores, wait_ms_per_s, rss_bytes, net_bytes_per_s, disk_bytes_per_s, disturbed
             FROM slots WHERE start >= ?1 ORDER BY start, series";
         let read = || {
             let mut statement = self.db.prepare_cached(sql)?;
@@ -202,12 +206,12 @@ impl Store for SqliteStore {
                     net_bytes_per_s: row.get(5)?,
                     disk_bytes_per_s: row.get(6)?,
                 };
-                Ok((row.get::<_, String>(0)?, UnixMs(row.get(1)?), usage))
+                Ok((row.get::<_, String>(0)?, UnixMs(row.get(1)?), usage, row.get(7)?))
             })?;
             rows.collect::<rusqlite::Result<Vec<_>>>()
         };
         let rows = self.sql(read())?;
-        let row = |(key, start, usage): (String, UnixMs, Usage)| {
+        let row = |(key, start, usage, disturbed): (String, UnixMs, Usage, bool)| {
             let key: SeriesKey = key
                 .parse()
                 .map_err(|e: crate::ingest::SeriesKeyError| StoreError::Row {
@@ -215,7 +219,12 @@ impl Store for SqliteStore {
                     what: "a slot",
                     reason: e.to_string(),
                 })?;
-            Ok(SlotRow { key, start, usage })
+            Ok(SlotRow {
+                key,
+                start,
+                usage,
+                disturbed,
+            })
         };
         rows.into_iter().map(row).collect()
     }
@@ -290,9 +299,10 @@ fn write(tx: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
                 .execute(params![id, d.t.0, d.vm.to_string(), json(d)?])?;
         }
         Write::Slots(rows) => {
-            let sql = "INSERT OR REPLACE INTO slots VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+            let sql = "INSERT OR REPLACE INTO slots VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
             let mut statement = tx.prepare_cached(sql)?;
-            for SlotRow { key, start, usage: u } in rows {
+            for row in rows {
+                let u = row.usage;
                 let figures = (
                     u.cpu_cores,
                     u.wait_ms_per_s,
@@ -301,7 +311,7 @@ fn write(tx: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
                     u.disk_bytes_per_s,
                 );
                 let (a, b, c, d, e) = figures;
-                statement.execute(params![start.0, key.to_string(), a, b, c, d, e])?;
+                statement.execute(params![row.start.0, row.key.to_string(), a, b, c, d, e, row.disturbed])?;
             }
         }
         Write::Mode(mode) => {

@@ -79,11 +79,13 @@ fn everything_survives_a_reopening() {
         key: SeriesKey::Vm(vm(1)),
         start: UnixMs(start),
         usage,
+        disturbed: start == 2000,
     };
     let own = SlotRow {
         key: SeriesKey::Host(host("a")),
         start: UnixMs(1000),
         usage,
+        disturbed: false,
     };
     {
         let mut s = SqliteStore::open(&file).unwrap();
@@ -145,6 +147,7 @@ fn old_rows_go_and_ids_go_on() {
         .map(|i| SlotRow {
             key: SeriesKey::Vm(vm(1)),
             start: UnixMs(i),
+            disturbed: false,
             usage,
         })
         .collect();
@@ -199,7 +202,7 @@ fn a_file_that_cannot_be_used_is_named_with_the_reason() {
         .unwrap();
     let e = open(&newer);
     assert!(
-        e.contains("newer.db") && e.contains("version 99") && e.contains("knows 1"),
+        e.contains("newer.db") && e.contains("version 99") && e.contains("knows 2"),
         "{e}"
     );
 
@@ -230,6 +233,27 @@ fn a_file_that_cannot_be_used_is_named_with_the_reason() {
 
     let e = open(&dir.path().join("no/such/dir/rps.db"));
     assert!(e.contains("no/such/dir/rps.db"), "{e}");
+}
+
+#[test]
+fn slots_of_before_disturbances_were_kept_are_undisturbed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rps.db");
+    let row = SlotRow {
+        key: SeriesKey::Vm(vm(1)),
+        start: UnixMs(1000),
+        usage: Usage::default(),
+        disturbed: false,
+    };
+    let mut s = SqliteStore::open(&file).unwrap();
+    s.commit(&[Write::Slots(vec![row.clone()])]).unwrap();
+    drop(s);
+    // As the first version left it.
+    rusqlite::Connection::open(&file)
+        .unwrap()
+        .execute_batch("ALTER TABLE slots DROP COLUMN disturbed; PRAGMA user_version = 1")
+        .unwrap();
+    assert_eq!(SqliteStore::open(&file).unwrap().slots(UnixMs(0)).unwrap(), [row]);
 }
 
 #[test]
