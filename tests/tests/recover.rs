@@ -1,6 +1,5 @@
 //! The one command that leads out of every state, with the RPS gone; and a VM that is handed over to its own management.
 
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -25,18 +24,9 @@ fn spec() -> VmSpec {
     }
 }
 
-/// Runs the operator's command where an operator would, and gives its exit code and what it said.
+/// Runs the operator's command where an operator would.
 fn umbra(pair: &Pair, arguments: &[&str]) -> Result<(i32, String)> {
-    let client = &pair.lab.client;
-    let log = client.file("umbra.log");
-    let before = std::fs::read(&log).map_or(0, |l| l.len());
-    let mut command = Command::new(pair.binaries.path("umbra"));
-    command.args(arguments).args(["--timeout", "30"]);
-    let status = client.spawn("umbra", command)?.wait(PATIENCE)?;
-    let said = std::fs::read(&log)?;
-    let said = String::from_utf8_lossy(said.get(before..).unwrap_or_default()).into_owned();
-    println!("umbra {}\n{said}", arguments.join(" "));
-    Ok((status.code().context("it was killed")?, said))
+    pair.binaries.umbra(&pair.lab.client, arguments)
 }
 
 fn recover(pair: &Pair, more: &[&str]) -> Result<String> {

@@ -1,14 +1,14 @@
-//! The way out for one VM: asks its hosts for facts, plans, and has it done. The lifecycle follows by itself, from what the
-//! replicators tell afterwards.
+//! The way out for one VM: asks its hosts for facts, plans, and has it done. Where the VM runs then the RPS notes at
+//! once; the rest of the lifecycle follows from what the replicators tell afterwards.
 
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use umbra_api::adopt::Adoptable;
 use umbra_api::order::{Order, OrderKind};
-use umbra_api::recover::{HostFacts, Missing, Plan, RecoverRequest, Wishes, plan};
+use umbra_api::recover::{HostFacts, Missing, Plan, RecoverRequest, Step, Way, Wishes, plan};
 use umbra_api::view::Mode;
-use umbra_api::{HostId, OrderId, VmId};
+use umbra_api::{Epoch, HostId, OrderId, VmId};
 
 use super::{RequestError, Service, lock, wall_clock};
 use crate::orchestrator::orders::Answer;
@@ -125,7 +125,10 @@ impl Service {
             };
             tracing::warn!(vm = %plan.vm, host = %step.host, at = %wall_clock().0, "recovery: {}", step.does);
             match Handle::current().block_on(self.replicators.order(&step.host, &order)) {
-                Answer::Accepted => plan.done.push(step.does.clone()),
+                Answer::Accepted => {
+                    plan.done.push(step.does.clone());
+                    self.runs_now(plan.vm, step, epoch)?;
+                }
                 Answer::Refused(refusal) => {
                     return Err(RequestError::Step {
                         host: step.host.clone(),
@@ -144,6 +147,26 @@ impl Service {
         }
         self.hurry.notify_waiters();
         Ok(())
+    }
+
+    /// A copy was started where the RPS does not have the VM. What a silent host told last speaks against it, maybe for ever:
+    /// the RPS takes note at once.
+    fn runs_now(self: &Arc<Self>, vm: VmId, step: &Step, epoch: Epoch) -> Result<(), RequestError> {
+        let starts = matches!(
+            step.order,
+            OrderKind::Recover {
+                way: Way::TakeBack | Way::RunShadow,
+                ..
+            }
+        );
+        let believed = lock(&self.engine).core.states().get(&vm).map(|s| s.host.clone());
+        if !starts || believed.is_none_or(|host| host == step.host) {
+            return Ok(());
+        }
+        let host = step.host.clone();
+        self.step(Input::Found { vm, host, epoch })
+            .map(|_| ())
+            .map_err(|()| RequestError::Store)
     }
 }
 

@@ -21,6 +21,8 @@ pub const LINK: u16 = 7402;
 pub const REPLICATOR: u16 = 7403;
 /// From start to the first answer.
 const UP: Duration = Duration::from_secs(20);
+/// For an operator's command, with all that it asks for.
+const OPERATOR: Duration = Duration::from_secs(60);
 
 /// Cargo's target folder: where this very program was built.
 pub fn target_dir() -> Result<PathBuf> {
@@ -83,6 +85,19 @@ impl Binaries {
             .arg(&file)
             .env("RUST_LOG", std::env::var("UMBRA_LOG").unwrap_or_else(|_| "info".into()));
         host.spawn(name, cmd)
+    }
+
+    /// Runs the operator's command in a host's place, and gives its exit code and what it said.
+    pub fn umbra(&self, host: &Host, arguments: &[&str]) -> Result<(i32, String)> {
+        let log = host.file("umbra.log");
+        let before = std::fs::read(&log).map_or(0, |l| l.len());
+        let mut command = Command::new(self.path("umbra"));
+        command.args(arguments).args(["--timeout", "30"]);
+        let status = host.spawn("umbra", command)?.wait(OPERATOR)?;
+        let said = std::fs::read(&log)?;
+        let said = String::from_utf8_lossy(said.get(before..).unwrap_or_default()).into_owned();
+        println!("umbra {}\n{said}", arguments.join(" "));
+        Ok((status.code().context("it was killed")?, said))
     }
 
     pub fn start_agent(&self, host: &Host, rps: &Host) -> Result<Process> {

@@ -16,7 +16,7 @@
 //! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`],
 //! [`hardware`], [`sector`], [`vm`], [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`],
 //! [`copies`] (which QEMU runs a VM), [`wire`] (a way to a host that can be cut), [`pair`] (two hosts, a VM, and orders without an
-//! RPS).
+//! RPS), [`world`] (the same with agents and an RPS).
 
 pub mod client;
 pub mod copies;
@@ -38,6 +38,7 @@ pub mod sys;
 pub mod udp;
 pub mod vm;
 pub mod wire;
+pub mod world;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
