@@ -29,11 +29,34 @@ const DIRTY: u32 = 2000;
 const HOPS: usize = 15;
 const QUICK_HOPS: usize = 5;
 
-/// Name and MiB. Half of it is in use, and filled with what does not compress.
-const CASES: [(&str, u32); 3] = [("256MiB", 256), ("1GiB", 1024), ("4GiB", 4096)];
+/// Half of its RAM is in use, and filled with what does not compress.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    name: &'static str,
+    mib: u32,
+    vcpus: u32,
+    disk: bool,
+}
 
-/// With a disk, and two vCPUs.
-const DISK_CASES: [(&str, u32); 2] = [("256MiB-disk", 256), ("4GiB-disk", 4096)];
+const fn case(name: &'static str, mib: u32, vcpus: u32, disk: bool) -> Case {
+    Case { name, mib, vcpus, disk }
+}
+
+const CASES: [Case; 5] = [
+    case("256MiB", 256, 1, false),
+    case("1GiB", 1024, 1, false),
+    case("4GiB", 4096, 1, false),
+    case("256MiB-2vcpu", 256, 2, false),
+    case("1GiB-2vcpu", 1024, 2, false),
+];
+const DISK_CASES: [Case; 2] = [case("256MiB-disk", 256, 2, true), case("4GiB-disk", 4096, 2, true)];
+
+/// How much longer the larger guest may take: it must not depend on its RAM.
+const GROWTH_MAX: f64 = 1.3;
+const GROWTH: [(&str, &str, &str); 2] = [
+    ("4GiB over 256MiB", "256MiB", "4GiB"),
+    ("4GiB-disk over 256MiB-disk", "256MiB-disk", "4GiB-disk"),
+];
 const DISK: DiskSpec = DiskSpec {
     bus: Bus::VirtioBlk,
     format: "qcow2",
@@ -86,28 +109,59 @@ pub fn run(options: &Options) -> Result<Vec<Row>> {
     Binaries::find(&["umbra-replicator"])?;
     let hops = if options.quick { QUICK_HOPS } else { HOPS };
     let mut rows = Vec::new();
-    let cases: &[(&str, u32)] = if options.disk { &DISK_CASES } else { &CASES };
-    for (case, mib) in cases.iter().filter(|(case, _)| options.wants(case)) {
-        rows.extend(measure(case, *mib, hops, options).with_context(|| format!("case {case}"))?);
+    let cases: &[Case] = if options.disk { &DISK_CASES } else { &CASES };
+    for case in cases.iter().filter(|c| options.wants(c.name)) {
+        rows.extend(measure(case, hops, options).with_context(|| format!("case {}", case.name))?);
     }
+    let growth = growth(&rows);
+    for row in growth.iter().filter(|r| r.metric == "guest_stopped_ms_p50") {
+        let held = if row.ours <= GROWTH_MAX { "at most" } else { "missed:" };
+        println!(
+            "{}: the guest stands still {:.2} times as long, {held} {GROWTH_MAX}",
+            row.case, row.ours
+        );
+    }
+    rows.extend(growth);
     Ok(rows)
 }
 
-fn spec(name: &str, n: u8, mib: u32, disk: bool) -> VmSpec {
+/// The larger guest's times as multiples of the smaller one's, where both were measured.
+fn growth(rows: &[Row]) -> Vec<Row> {
+    let mut out = Vec::new();
+    for (name, small, large) in GROWTH {
+        let of = |case: &'static str| {
+            let timed = move |r: &&Row| r.case == case && r.metric.ends_with("_ms_p50");
+            rows.iter().filter(timed)
+        };
+        for l in of(large) {
+            let Some(s) = of(small).find(|s| s.metric == l.metric && s.peer_name == l.peer_name) else {
+                continue;
+            };
+            let row = Row::new(name, &l.metric, "times", l.ours / s.ours, l.runs.min(s.runs));
+            out.push(match &l.peer_name {
+                Some(peer) => row.beside(peer, l.peer.zip(s.peer).map(|(l, s)| l / s)),
+                None => row,
+            });
+        }
+    }
+    out
+}
+
+fn spec(name: &str, n: u8, case: &Case) -> VmSpec {
     VmSpec {
-        mem_mib: mib,
-        vcpus: if disk { 2 } else { 1 },
-        disks: if disk { vec![DISK] } else { Vec::new() },
+        mem_mib: case.mib,
+        vcpus: case.vcpus,
+        disks: if case.disk { vec![DISK] } else { Vec::new() },
         dirty: DIRTY,
         work_us: 200,
-        pattern_mib: Some(mib / 2),
+        pattern_mib: Some(case.mib / 2),
         ..VmSpec::new(name, n)
     }
 }
 
-fn measure(case: &str, mib: u32, hops: usize, options: &Options) -> Result<Vec<Row>> {
-    let mut ours = Ours::start(&spec("web", 10, mib, options.disk))?;
-    let measured = hop_in_turns(case, &mut ours, mib, hops, options).and_then(|rows| {
+fn measure(case: &Case, hops: usize, options: &Options) -> Result<Vec<Row>> {
+    let mut ours = Ours::start(&spec("web", 10, case))?;
+    let measured = hop_in_turns(case, &mut ours, hops, options).and_then(|rows| {
         ours.verify().context("after all hops")?;
         Ok(rows)
     });
@@ -119,19 +173,20 @@ fn measure(case: &str, mib: u32, hops: usize, options: &Options) -> Result<Vec<R
 }
 
 /// Its hosts share its disks.
-fn peer(ours: &Ours, mib: u32, disk: bool) -> Result<VmSpec> {
-    let images = disk.then(|| ours.pair.host("a")?.folder("shared")).transpose()?;
+fn peer(ours: &Ours, case: &Case) -> Result<VmSpec> {
+    let images = case.disk.then(|| ours.pair.host("a")?.folder("shared")).transpose()?;
     Ok(VmSpec {
         images,
-        ..spec("peer", 20, mib, disk)
+        ..spec("peer", 20, case)
     })
 }
 
-fn hop_in_turns(case: &str, ours: &mut Ours, mib: u32, hops: usize, options: &Options) -> Result<Vec<Row>> {
+fn hop_in_turns(case: &Case, ours: &mut Ours, hops: usize, options: &Options) -> Result<Vec<Row>> {
     let mut stock = match options.alone {
         true => None,
-        false => Some(Stock::start(&ours.pair.lab, &peer(ours, mib, options.disk)?)?),
+        false => Some(Stock::start(&ours.pair.lab, &peer(ours, case)?)?),
     };
+    let case = case.name;
     let (mut us, mut reports) = (Vec::new(), Vec::new());
     let mut peers: BTreeMap<&str, Vec<Hop>> = BTreeMap::new();
     for n in 0..hops {
@@ -200,4 +255,26 @@ fn tell(case: &str, hops: &[Hop], reports: &[SwitchoverReport]) {
          also has to translate the guest's code anew; how much that is was not told apart",
         median(&after).unwrap_or_default()
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_larger_guest_is_told_in_multiples_of_the_smaller() {
+        let row = |case: &str, ours, peer| {
+            Row::new(case, "guest_stopped_ms_p50", "ms", ours, 5).beside("stock migrate", Some(peer))
+        };
+        let rows = [row("256MiB", 4.0, 10.0), row("1GiB", 4.0, 20.0), row("4GiB", 5.0, 40.0)];
+        let all = growth(&rows);
+        assert_eq!(
+            all,
+            [
+                Row::new("4GiB over 256MiB", "guest_stopped_ms_p50", "times", 1.25, 5)
+                    .beside("stock migrate", Some(4.0))
+            ]
+        );
+        assert!(growth(&rows[..2]).is_empty(), "only what was measured");
+    }
 }
