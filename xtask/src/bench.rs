@@ -34,6 +34,7 @@ const BENCHES: &[(&str, Runner)] = &[
     ("tier", Runner::Lab(&[])),
     ("agent", Runner::Lab(&["prometheus-process-exporter"])),
     ("wire", Runner::Lab(&["busybox-static", "sqlite3"])),
+    ("seed", Runner::Lab(&[])),
 ];
 
 #[derive(Args)]

@@ -3,13 +3,14 @@
 //!
 //! In reading order: [`rows`] (figures, table, JSON), [`probe`] (who asks the guest, in a process of its own), [`ours`] and
 //! [`stock`] (one hop of a VM each), [`switchover`], [`standby`] (what a waiting shadow costs), [`tier`] (and at
-//! tier 0), [`agent`], [`wire`] (what travels).
+//! tier 0), [`agent`], [`wire`] (what travels), [`seed`] (how fast the first copy is).
 
 pub mod agent;
 pub mod cpu;
 pub mod ours;
 pub mod probe;
 pub mod rows;
+pub mod seed;
 pub mod standby;
 pub mod stock;
 pub mod switchover;
@@ -49,6 +50,7 @@ pub const BENCHES: &[(&str, Bench)] = &[
     ("tier", tier::run),
     ("agent", agent::run),
     ("wire", wire::run),
+    ("seed", seed::run),
 ];
 
 pub fn run(name: &str, options: &Options) -> Result<()> {

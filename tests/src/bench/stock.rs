@@ -4,7 +4,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::ours::{pause, resume};
@@ -12,6 +12,7 @@ use super::probe::Probe;
 use super::switchover::{Hop, SETTLE};
 use crate::lab::Lab;
 use crate::lab::copies::wall_us;
+use crate::lab::process::wait_for;
 use crate::lab::qmp::Qmp;
 use crate::lab::vm::{GuestImage, Vm, VmSpec};
 
@@ -27,6 +28,14 @@ pub struct Stock {
     image: GuestImage,
 }
 
+/// A QEMU that waits for the VM.
+struct Arrival {
+    vm: Vm,
+    qmp: Qmp,
+    uri: String,
+    next: usize,
+}
+
 impl Stock {
     /// Starts the VM on the first host, and pauses it.
     pub fn start(lab: &Lab, spec: &VmSpec) -> Result<Self> {
@@ -39,13 +48,60 @@ impl Stock {
     }
 
     pub fn hop(&mut self, lab: &Lab, multifd: bool) -> Result<Hop> {
-        let next = (self.at + 1) % lab.hosts.len();
-        let (from, to) = (
-            lab.hosts.get(self.at).context("no host")?,
-            lab.hosts.get(next).context("no host")?,
+        let arrival = self.expect(lab, multifd)?;
+        resume(&self.qmp)?;
+        let probe = Probe::start(&lab.client, self.vm.spec.ip)?;
+        sleep(SETTLE);
+        let start = wall_us();
+        self.qmp.execute("migrate", json!({ "uri": arrival.uri }), QMP)?;
+        let resumed = arrival
+            .qmp
+            .wait("RESUME", start, MIGRATE)
+            .context("on the target")?
+            .at_us;
+        let stopped = self.qmp.wait("STOP", start, MIGRATE).context("on the source")?.at_us;
+        sleep(SETTLE);
+        let hop = Hop::new(start, stopped, resumed, probe.finish()?);
+        self.arrived(lab, arrival)?;
+        Ok(hop)
+    }
+
+    /// Moves it as fast as it goes, and tells the bytes of RAM that were not zero, and the seconds. With `zstd_level` by multifd,
+    /// which is the only way in which QEMU compresses like that.
+    pub fn copy(&mut self, lab: &Lab, zstd_level: Option<u8>) -> Result<(f64, f64)> {
+        let arrival = self.expect(lab, zstd_level.is_some())?;
+        for side in [&self.qmp, &arrival.qmp] {
+            let compression = if zstd_level.is_some() { "zstd" } else { "none" };
+            let mut parameters = json!({"max-bandwidth": 4u64 << 30, "multifd-compression": compression});
+            if let Some(level) = zstd_level {
+                parameters["multifd-zstd-level"] = json!(level);
+            }
+            side.execute("migrate-set-parameters", parameters, QMP)?;
+        }
+        resume(&self.qmp)?;
+        self.qmp.execute("migrate", json!({ "uri": arrival.uri }), QMP)?;
+        let told = wait_for("QEMU's own migration", MIGRATE, || {
+            let info = self.qmp.execute("query-migrate", json!({}), QMP)?;
+            match info["status"].as_str() {
+                Some("completed") => Ok(Some(info)),
+                Some("failed" | "cancelled") => bail!("it failed: {info}"),
+                _ => Ok(None),
+            }
+        })?;
+        let number = |value: &serde_json::Value| value.as_f64().with_context(|| format!("no figure in {told}"));
+        let copied = (
+            number(&told["ram"]["normal-bytes"])?,
+            number(&told["total-time"])? / 1e3,
         );
-        let spec = self.vm.spec.clone();
-        let vm = Vm::start_with(to, &self.image, &spec, &["-incoming", "defer"])?;
+        self.arrived(lab, arrival)?;
+        Ok(copied)
+    }
+
+    /// Starts the QEMU that waits for it on the next host.
+    fn expect(&self, lab: &Lab, multifd: bool) -> Result<Arrival> {
+        let next = (self.at + 1) % lab.hosts.len();
+        let to = lab.hosts.get(next).context("no host")?;
+        let vm = Vm::start_with(to, &self.image, &self.vm.spec, &["-incoming", "defer"])?;
         let qmp = vm.watch()?;
         let capability = json!({"capabilities": [{"capability": "multifd", "state": multifd}]});
         for side in [&self.qmp, &qmp] {
@@ -53,21 +109,17 @@ impl Stock {
         }
         let uri = format!("tcp:{}:{PORT}", to.ip);
         qmp.execute("migrate-incoming", json!({ "uri": uri }), QMP)?;
-        resume(&self.qmp)?;
-        let probe = Probe::start(&lab.client, spec.ip)?;
-        sleep(SETTLE);
-        let start = wall_us();
-        self.qmp.execute("migrate", json!({ "uri": uri }), QMP)?;
-        let resumed = qmp.wait("RESUME", start, MIGRATE).context("on the target")?.at_us;
-        let stopped = self.qmp.wait("STOP", start, MIGRATE).context("on the source")?.at_us;
-        sleep(SETTLE);
-        let hop = Hop::new(start, stopped, resumed, probe.finish()?);
+        Ok(Arrival { vm, qmp, uri, next })
+    }
+
+    /// It runs there: it is paused, and the old one killed.
+    fn arrived(&mut self, lab: &Lab, arrival: Arrival) -> Result<()> {
+        let Arrival { vm, qmp, next, .. } = arrival;
         pause(&qmp)?;
-        // Kills the old one.
+        let from = lab.hosts.get(self.at).context("no host")?;
         self.vm = vm;
         self.qmp = qmp;
         self.at = next;
-        from.remove_tap(&spec.tap())?;
-        Ok(hop)
+        from.remove_tap(&self.vm.spec.tap())
     }
 }

@@ -27,6 +27,8 @@ enum Command {
     Agent(Run),
     /// Bytes on the link, beside QEMU's own migration plain and with multifd and zstd
     Wire(Run),
+    /// How fast a first copy is, beside QEMU's own migration
+    Seed(Run),
     /// Print the crash matrix, which the tests play
     Faults,
     /// Asks a guest until it is told to end; what the other commands start
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Command::Tier(r) => run("tier", r),
         Command::Agent(r) => run("agent", r),
         Command::Wire(r) => run("wire", r),
+        Command::Seed(r) => run("seed", r),
         Command::Faults => faults(),
         Command::Probe { ip, out } => bench::probe::run(ip, &out),
     };

@@ -427,7 +427,7 @@ fn protection(to: &str, link: String) -> Result<OrderKind> {
 }
 
 /// A shadow that is still on record as waiting. Its QEMU may be gone by now.
-fn waits(r: &ReplicaStatus) -> bool {
+pub fn waits(r: &ReplicaStatus) -> bool {
     r.role == Role::Target
         && matches!(
             r.phase,
