@@ -90,6 +90,18 @@ impl<W: Write> FrameWriter<W> {
     }
 }
 
+impl FrameWriter<super::WriteHalf> {
+    /// Bytes that were sent and that are not on their way yet.
+    pub fn backlog(&self) -> Result<u64, LinkError> {
+        self.inner.backlog().map_err(|source| io_error(&self.peer, source))
+    }
+
+    /// Bytes that were sent and that the peer's kernel has not acknowledged.
+    pub fn unsent(&self) -> Result<u64, LinkError> {
+        self.inner.unsent().map_err(|source| io_error(&self.peer, source))
+    }
+}
+
 pub(super) fn io_error(peer: &str, source: io::Error) -> LinkError {
     LinkError::Io {
         peer: peer.into(),

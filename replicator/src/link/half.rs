@@ -11,7 +11,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -214,6 +214,34 @@ impl Opening {
             conn.process_new_packets()
                 .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, tls::words(&e)))?;
         }
+    }
+}
+
+nix::ioctl_read_bad!(outq, nix::libc::TIOCOUTQ, nix::libc::c_int);
+/// From linux/sockios.h, which libc does not have.
+const SIOCOUTQNSD: nix::libc::c_ulong = 0x894b;
+nix::ioctl_read_bad!(outq_nsd, SIOCOUTQNSD, nix::libc::c_int);
+
+impl WriteHalf {
+    /// Bytes that were written and that the peer's kernel has not acknowledged.
+    pub fn unsent(&self) -> io::Result<u64> {
+        // SAFETY: the ioctl writes one int, which lives across the call.
+        self.ask(|fd, n| unsafe { outq(fd, n) })
+    }
+
+    /// Those of them that are not even on their way.
+    pub fn backlog(&self) -> io::Result<u64> {
+        // SAFETY: as above.
+        self.ask(|fd, n| unsafe { outq_nsd(fd, n) })
+    }
+
+    fn ask(&self, count: impl Fn(RawFd, &mut nix::libc::c_int) -> nix::Result<nix::libc::c_int>) -> io::Result<u64> {
+        let mut n = 0;
+        match &self.0 {
+            Writing::Plain(tcp) => count(tcp.as_raw_fd(), &mut n),
+            Writing::Tls(shared) => count(lock(&shared.out).tcp.as_raw_fd(), &mut n),
+        }?;
+        Ok(u64::try_from(n).unwrap_or(0))
     }
 }
 
