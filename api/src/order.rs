@@ -70,21 +70,62 @@ impl OrderKind {
     }
 }
 
+/// How the copy of one VM is to keep up. What it may cost is its host's affair, and stands in the replicator's configuration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct Pacing {
-    /// Pause between two rounds. QEMU must not be left unread for longer than half a second.
+    /// Pause between two rounds, where the host's bounds and `lag` do not want another. QEMU must not be left unread for longer
+    /// than half a second.
     pub round_ms: u64,
+    /// What the shadow may miss: rounds follow each other sooner to keep to it.
+    pub lag: Option<Lag>,
+    /// No switchover that would stop the guest for longer; one that does is given up, and the guest runs on where it was.
+    pub max_downtime_ms: u64,
+    /// What to do with a guest that dirties its memory faster than the link carries it.
+    pub not_converging: NotConverging,
 }
 
 impl Default for Pacing {
     fn default() -> Self {
-        Self { round_ms: 500 }
+        Self {
+            round_ms: 500,
+            lag: None,
+            max_downtime_ms: 1_000,
+            not_converging: NotConverging::default(),
+        }
     }
+}
+
+/// A lag, by what it is told in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lag {
+    Pages(u64),
+    /// Of guest memory.
+    Bytes(u64),
+    /// Between the ends of two rounds.
+    Ms(u64),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NotConverging {
+    /// Copy on, and refuse a switchover for as long as it lasts.
+    #[default]
+    #[serde(alias = "accept-longer")]
+    AcceptLonger,
+    /// End the protection.
+    #[serde(alias = "give-up")]
+    GiveUp,
+    /// Slow the guest's CPUs down until its memory can be followed.
+    Throttle,
 }
 
 /// Longest pause between rounds: longer ones make QEMU's main loop hang on some commands.
 pub const ROUND_MS_MAX: u64 = 500;
+
+/// A guest that stands still for longer has lost its clients anyway.
+pub const DOWNTIME_MS_MAX: u64 = 60_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -181,6 +222,10 @@ pub enum RefusalCode {
     BadOrder,
     /// Somebody else stopped, changed, shut down or migrated the VM while it was copied.
     Interfered,
+    /// The guest dirties its memory faster than the link carries it.
+    NotConverging,
+    /// The guest would stand still, or has stood still, for longer than `max_downtime_ms`.
+    DowntimeTooLong,
     /// Something on this host failed: a full disk, a missing permission.
     Local,
 }
@@ -216,6 +261,18 @@ mod tests {
                 .to_string()
                 .contains("explode")
         );
+    }
+
+    #[test]
+    fn pacing_that_says_little_means_the_rest_by_default() {
+        let p: Pacing = serde_json::from_str(r#"{"lag": {"pages": 300}, "not_converging": "give-up"}"#).unwrap();
+        let want = Pacing {
+            lag: Some(Lag::Pages(300)),
+            not_converging: NotConverging::GiveUp,
+            ..Pacing::default()
+        };
+        assert_eq!(p, want);
+        assert!(serde_json::from_str::<Pacing>(r#"{"round": 3}"#).is_err());
     }
 
     #[test]

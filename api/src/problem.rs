@@ -37,7 +37,7 @@ impl From<crate::order::Refusal> for Problem {
         use crate::order::RefusalCode as C;
         let status = match r.code {
             C::NoSuchVm => 404,
-            C::StaleEpoch | C::WrongPhase | C::Interfered => 409,
+            C::StaleEpoch | C::WrongPhase | C::Interfered | C::NotConverging | C::DowntimeTooLong => 409,
             C::BadOrder => 400,
             C::QemuTooOld | C::Unsupported | C::TargetLacks => 422,
             C::QmpUnavailable | C::PeerUnreachable | C::PeerRefused | C::PeerIdentity => 502,

@@ -128,9 +128,11 @@ pub struct Progress {
     /// Time since the end of the last complete round.
     pub lag_ms: u64,
     pub dirty_pages_per_s: u64,
+    /// How long a switchover ordered now would stop the guest; `None` as long as the link's speed is not known.
     pub estimated_downtime_ms: Option<f64>,
     /// How the pages travelled that QEMU sent so far.
     pub pages: PageKinds,
+    pub pace: Pace,
 }
 
 /// How pages travelled, by kind.
@@ -205,6 +207,59 @@ impl std::ops::AddAssign for PageKinds {
             to.bytes += more.bytes;
         }
     }
+}
+
+/// How the copy keeps up, and what it costs.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pace {
+    pub convergence: Convergence,
+    /// The last round as guest memory.
+    pub lag_bytes: u64,
+    /// Distinct pages written in the last 20 rounds.
+    pub working_set_pages: u64,
+    /// What the link was seen to carry; `None` until it had enough to do to tell.
+    pub link_bytes_per_s: Option<u64>,
+    /// Bytes on the link that a page costs, compressed.
+    pub wire_bytes_per_page: Option<f64>,
+    /// The round that is under way, if it does not end: since when, and how many pages by now.
+    pub round_ms: u64,
+    pub round_pages: u64,
+    /// Before the next round.
+    pub pause_ms: u64,
+    /// Why that is longer than wanted.
+    pub held_back_by: Option<HeldBack>,
+    /// Of one CPU, by QEMU's migration threads and by the thread that carries the pages.
+    pub qemu_cpu_pct: f64,
+    pub own_cpu_pct: f64,
+    /// Share of time in which somebody on this host waited for a CPU.
+    pub host_wait_pct: Option<f64>,
+    /// How much the guest is slowed down.
+    pub throttle_pct: Option<u8>,
+    pub max_downtime_ms: u64,
+}
+
+/// Whether rounds end.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Convergence {
+    /// No round was complete yet, and none was too long.
+    #[default]
+    Unknown,
+    Converging,
+    NotConverging,
+}
+
+/// What makes a pause longer than the pacing wants.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeldBack {
+    /// The bound on QEMU's CPU time.
+    QemuCpu,
+    /// The bound on the replicator's own.
+    OwnCpu,
+    /// Others wait for a CPU on this host.
+    HotHost,
 }
 
 /// One switchover, as the source saw it. Times that compare two hosts' clocks say so.

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
-use umbra_api::order::{Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalCode};
+use umbra_api::order::{DOWNTIME_MS_MAX, Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalCode};
+use umbra_api::pace;
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
 use umbra_api::wire::control::ShadowSpec;
 use umbra_api::{Epoch, HostId, UnixMs, VmId};
@@ -375,6 +376,13 @@ impl Engine {
             let detail = format!("round_ms is {}, 1 to {ROUND_MS_MAX} are possible", pacing.round_ms);
             return Err(Refusal::new(RefusalCode::BadOrder, detail));
         }
+        if !(1..=DOWNTIME_MS_MAX).contains(&pacing.max_downtime_ms) {
+            let detail = format!(
+                "max_downtime_ms is {}, 1 to {DOWNTIME_MS_MAX} are possible",
+                pacing.max_downtime_ms
+            );
+            return Err(Refusal::new(RefusalCode::BadOrder, detail));
+        }
         if link
             .rsplit_once(':')
             .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
@@ -449,6 +457,9 @@ impl Engine {
             .as_ref()
             .ok_or_else(|| wrong_phase("this VM is not protected from here"))?;
         let status = source.status();
+        if let Phase::Seeding | Phase::Standby = status.phase {
+            pace::gate(&status.progress)?;
+        }
         if status.phase != Phase::Standby {
             return Err(wrong_phase(format!(
                 "a switchover needs a standby, the replica is in phase {:?}",

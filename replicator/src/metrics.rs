@@ -6,7 +6,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use umbra_api::replica::{ReplicaStatus, Role};
+use umbra_api::replica::{Convergence, ReplicaStatus, Role};
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 struct Labels {
@@ -34,8 +34,13 @@ struct PhaseLabels {
 type Float = Gauge<f64, AtomicU64>;
 type Value = fn(&ReplicaStatus) -> Option<f64>;
 
+/// What the target can't know.
+fn source(r: &ReplicaStatus, value: f64) -> Option<f64> {
+    (r.role == Role::Source).then_some(value)
+}
+
 /// Name, help, and where it comes from. All are gauges: a replica's counts begin again with each protection.
-const GAUGES: [(&str, &str, Value); 12] = [
+const GAUGES: [(&str, &str, Value); 23] = [
     ("umbra_replica_ram_bytes", "RAM of the VM, all blocks", |r| {
         Some(r.progress.ram_bytes as f64)
     }),
@@ -78,6 +83,61 @@ const GAUGES: [(&str, &str, Value); 12] = [
         "umbra_replica_promotion_seconds",
         "From the order of the last rise to a higher tier until its RAM was there",
         |r| Some(r.memory.as_ref()?.promotion?.took_ms as f64 / 1e3),
+    ),
+    (
+        "umbra_replica_dirty_pages_per_second",
+        "Pages that the guest dirties a second",
+        |r| source(r, r.progress.dirty_pages_per_s as f64),
+    ),
+    (
+        "umbra_replica_working_set_pages",
+        "Distinct pages of the last 20 rounds",
+        |r| source(r, r.progress.pace.working_set_pages as f64),
+    ),
+    ("umbra_replica_lag_bytes", "Guest memory of the last round", |r| {
+        source(r, r.progress.pace.lag_bytes as f64)
+    }),
+    (
+        "umbra_replica_link_bytes_per_second",
+        "What the link was seen to carry",
+        |r| r.progress.pace.link_bytes_per_s.map(|b| b as f64),
+    ),
+    (
+        "umbra_replica_estimated_downtime_seconds",
+        "How long a switchover would stop the guest",
+        |r| r.progress.estimated_downtime_ms.map(|ms| ms / 1e3),
+    ),
+    (
+        "umbra_replica_converging",
+        "1 if rounds end, 0 if the guest is too fast for the link",
+        |r| match r.progress.pace.convergence {
+            Convergence::Unknown => None,
+            Convergence::Converging => Some(1.0),
+            Convergence::NotConverging => Some(0.0),
+        },
+    ),
+    ("umbra_replica_pause_seconds", "Pause before the next round", |r| {
+        source(r, r.progress.pace.pause_ms as f64 / 1e3)
+    }),
+    (
+        "umbra_replica_qemu_cpu_ratio",
+        "Share of a CPU that QEMU's migration threads use",
+        |r| source(r, r.progress.pace.qemu_cpu_pct / 100.0),
+    ),
+    (
+        "umbra_replica_own_cpu_ratio",
+        "Share of a CPU that the thread which carries the pages uses",
+        |r| source(r, r.progress.pace.own_cpu_pct / 100.0),
+    ),
+    (
+        "umbra_replica_host_wait_ratio",
+        "Share of time in which somebody on this host waits for a CPU",
+        |r| r.progress.pace.host_wait_pct.map(|p| p / 100.0),
+    ),
+    (
+        "umbra_replica_throttle_ratio",
+        "How much the guest is slowed down",
+        |r| source(r, f64::from(r.progress.pace.throttle_pct.unwrap_or(0)) / 100.0),
     ),
     (
         "umbra_replica_guest_stopped_seconds",

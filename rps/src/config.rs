@@ -325,6 +325,10 @@ mod tests {
             ),
             ("[orders]\nround_ms = 900", "orders.round_ms: 900 is above 500"),
             (
+                "[orders]\nmax_downtime_ms = 0",
+                "orders.max_downtime_ms: 0 is not between 1 and 60000",
+            ),
+            (
                 "[contention]\nthreshold = 1.5",
                 "contention.threshold: 1.5 is not below 1",
             ),

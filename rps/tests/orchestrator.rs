@@ -8,7 +8,7 @@ use common::sim::{Faults, Sim, policy, vm};
 use proptest::prelude::*;
 use umbra_api::UnixMs;
 use umbra_api::lifecycle::Stage;
-use umbra_api::order::Tier;
+use umbra_api::order::{RefusalCode, Tier};
 use umbra_api::replica::{Phase, Promotion, Role, ShadowMemory};
 use umbra_api::view::Mode;
 use umbra_rps::orchestrator::{Denied, Request};
@@ -366,6 +366,26 @@ fn observing_orders_nothing() {
     assert_eq!(sim.create(), Err(Denied::Observing));
     sim.ticks(20);
     assert!(sim.sent.is_empty());
+}
+
+#[test]
+fn a_guest_that_is_too_fast_for_its_link_keeps_its_shadow_and_is_not_switched_over() {
+    let mut sim = Sim::new(14);
+    sim.create().unwrap();
+    sim.until(Stage::Standby);
+    sim.hosts.too_fast = true;
+    sim.ticks(20);
+    let denied = sim.request(Request::Switchover).unwrap_err();
+    assert!(
+        matches!(&denied, Denied::TooFast(r) if r.code == RefusalCode::NotConverging),
+        "{denied}"
+    );
+    sim.ticks(20);
+    assert_eq!(sim.stage(), Stage::Standby);
+    sim.hosts.too_fast = false;
+    sim.ticks(20);
+    sim.request(Request::Switchover).unwrap();
+    sim.until(Stage::Reverse);
 }
 
 #[test]

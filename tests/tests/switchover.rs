@@ -166,7 +166,10 @@ fn orders_that_make_no_sense_are_refused_by_name() {
         let lazy = OrderKind::Protect {
             target: "b".parse()?,
             link: "10.77.0.2:7402".into(),
-            pacing: Pacing { round_ms: 60_000 },
+            pacing: Pacing {
+                round_ms: 60_000,
+                ..Pacing::default()
+            },
         };
         ensure!(code(id, 1, lazy)? == "bad_order");
         let reply = pair

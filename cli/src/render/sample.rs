@@ -3,7 +3,7 @@
 use jiff::tz::TimeZone;
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::Tier;
-use umbra_api::replica::{PageKinds, Progress, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{Convergence, Pace, PageKinds, Progress, ShadowMemory, SwitchoverReport};
 use umbra_api::view::*;
 use umbra_api::{DecisionId, Epoch, UnixMs, VmId};
 
@@ -130,6 +130,18 @@ pub fn vm() -> VmView {
             dirty_pages_per_s: 424,
             estimated_downtime_ms: Some(9.4),
             pages: PageKinds::default(),
+            pace: Pace {
+                convergence: Convergence::Converging,
+                lag_bytes: 212 * 4096,
+                working_set_pages: 1_900,
+                link_bytes_per_s: Some(118_000_000),
+                pause_ms: 500,
+                qemu_cpu_pct: 1.2,
+                own_cpu_pct: 0.9,
+                host_wait_pct: Some(12.5),
+                max_downtime_ms: 1_000,
+                ..Pace::default()
+            },
         }),
         last_switchover: Some(SwitchoverReport {
             at: NOW.plus_ms(-60_000),

@@ -2,7 +2,7 @@
 
 use comfy_table::Cell;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Progress, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{Convergence, HeldBack, Pace, Progress, ShadowMemory, SwitchoverReport};
 use umbra_api::view::{ForecastView, VmView};
 
 use super::words::{bytes, count, number, span, sparkline, us, whole};
@@ -194,10 +194,49 @@ fn copy(p: &Progress) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
-    if let Some(ms) = p.estimated_downtime_ms {
+    if p.pace.convergence == Convergence::NotConverging {
+        rows.push(("too fast", too_fast(p)));
+    } else if let Some(ms) = p.estimated_downtime_ms {
         rows.push(("a switchover", format!("would stop the guest for about {ms:.1} ms")));
     }
+    rows.extend(pace(&p.pace).map(|words| ("pace", words)));
     rows
+}
+
+/// No round ends, and so there is no switchover.
+fn too_fast(p: &Progress) -> String {
+    let link = match p.pace.link_bytes_per_s {
+        Some(rate) => format!("the link carries {}/s", bytes(rate)),
+        None => "the link's speed is not known".to_owned(),
+    };
+    format!(
+        "no round ends, {} in {} by now; {link}. A switchover is refused meanwhile",
+        count(p.pace.round_pages as usize, "page"),
+        span(p.pace.round_ms as f64 / 1000.0)
+    )
+}
+
+/// What the copy costs. Nothing, before the first round.
+fn pace(p: &Pace) -> Option<String> {
+    if p.convergence == Convergence::Unknown {
+        return None;
+    }
+    let mut words = format!(
+        "{} written lately, {} ms between rounds, QEMU {:.1} % and copying {:.1} % of a CPU",
+        count(p.working_set_pages as usize, "page"),
+        p.pause_ms,
+        p.qemu_cpu_pct,
+        p.own_cpu_pct
+    );
+    words += match p.held_back_by {
+        None => "",
+        Some(HeldBack::QemuCpu | HeldBack::OwnCpu) => ", held back to keep to that",
+        Some(HeldBack::HotHost) => ", held back because the host is busy",
+    };
+    if let Some(pct) = p.throttle_pct {
+        words += &format!(", the guest slowed down by {pct} %");
+    }
+    Some(words)
 }
 
 fn switchover(look: &Look, r: &SwitchoverReport) -> Vec<(&'static str, String)> {
@@ -278,6 +317,8 @@ Copy
   sent          41 MiB on the link, 17 rounds
   lag           340 ms old, 212 pages in the last round, 424 dirtied per s
   a switchover  would stop the guest for about 9.4 ms
+  pace          1900 pages written lately, 500 ms between rounds, QEMU 1.2 % and
+                copying 0.9 % of a CPU
 
 Last switchover
   at                09:12:20, epoch 2

@@ -219,6 +219,7 @@ impl From<RequestError> for Problem {
                 let code = match d {
                     Denied::Observing => "observing",
                     Denied::Busy => "busy",
+                    Denied::TooFast(r) => return Self::new(409, r.code.to_string(), "Not possible now", r.detail),
                     Denied::Redirect { .. } => "redirect_not_ready",
                     Denied::Illegal(Illegal::OwnHost(_)) => "own_host",
                     _ => "wrong_stage",

@@ -17,7 +17,7 @@
 
 use umbra_api::HostId;
 use umbra_api::lifecycle::Stage;
-use umbra_api::order::{OrderKind, Pacing};
+use umbra_api::order::OrderKind;
 use umbra_api::replica::{Phase, Role};
 use umbra_api::view::Mode;
 
@@ -156,9 +156,7 @@ fn build(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) -> Option<Phase> {
     let admit = OrderKind::Admit { source: host.clone() };
     accepted(turn, shadow, admit, epoch)?;
     let link = turn.fleet.get(shadow).map(|r| r.link.clone()).unwrap_or_default();
-    let pacing = Pacing {
-        round_ms: turn.timing.round_ms,
-    };
+    let pacing = turn.timing.pacing();
     let protect = OrderKind::Protect {
         target: shadow.clone(),
         link,

@@ -22,7 +22,7 @@ mod turn;
 use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_api::lifecycle::Stage;
-use umbra_api::order::{Order, Peak, Tier};
+use umbra_api::order::{Order, Peak, Refusal, Tier};
 use umbra_api::replica::{Progress, ReplicaStatus, Role, ShadowMemory};
 use umbra_api::view::Mode;
 use umbra_api::{DecisionId, Epoch, HostId, OrderId, UnixMs, VmId};
@@ -92,6 +92,9 @@ pub enum Denied {
     Illegal(#[from] Illegal),
     #[error("leftovers of an earlier attempt are being cleared")]
     Busy,
+    /// The copy is not fit for a switchover: it would only be refused, and end the protection.
+    #[error("{0}")]
+    TooFast(Refusal),
     #[error("redirect {adapter} is not ready: {words}")]
     Redirect { adapter: &'static str, words: String },
 }

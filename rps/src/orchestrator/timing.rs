@@ -1,7 +1,7 @@
 //! How long the orchestrator waits for what: `[orders]` in the configuration.
 
 use serde::Deserialize;
-use umbra_api::order::ROUND_MS_MAX;
+use umbra_api::order::{DOWNTIME_MS_MAX, Lag, NotConverging, Pacing, ROUND_MS_MAX};
 use umbra_daemon::config::Invalid;
 
 #[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
@@ -31,6 +31,12 @@ pub struct Timing {
     pub retry_s: u64,
     /// Pause between a source's rounds, at most 500.
     pub round_ms: u64,
+    /// What a shadow may miss, at most: `{ pages = 500 }`, `{ bytes = … }` or `{ ms = … }`. Rounds come sooner to keep it.
+    pub lag: Option<Lag>,
+    /// No switchover that would stop the guest for longer.
+    pub max_downtime_ms: u64,
+    /// What to do with a guest that dirties its memory faster than the link carries it: `accept_longer`, `give_up` or `throttle`.
+    pub not_converging: NotConverging,
 }
 
 impl Default for Timing {
@@ -48,11 +54,24 @@ impl Default for Timing {
             lost_after_s: 10,
             retry_s: 5,
             round_ms: ROUND_MS_MAX,
+            lag: None,
+            max_downtime_ms: Pacing::default().max_downtime_ms,
+            not_converging: NotConverging::default(),
         }
     }
 }
 
 impl Timing {
+    /// What each protection is ordered with.
+    pub fn pacing(&self) -> Pacing {
+        Pacing {
+            round_ms: self.round_ms,
+            lag: self.lag,
+            max_downtime_ms: self.max_downtime_ms,
+            not_converging: self.not_converging,
+        }
+    }
+
     pub fn check(&self) -> Result<(), Invalid> {
         let positive = [
             ("poll_ms", self.poll_ms),
@@ -77,6 +96,12 @@ impl Timing {
             return Err(Invalid::new(
                 "orders.round_ms",
                 format!("{} is above {ROUND_MS_MAX}", self.round_ms),
+            ));
+        }
+        if !(1..=DOWNTIME_MS_MAX).contains(&self.max_downtime_ms) {
+            return Err(Invalid::new(
+                "orders.max_downtime_ms",
+                format!("{} is not between 1 and {DOWNTIME_MS_MAX}", self.max_downtime_ms),
             ));
         }
         Ok(())

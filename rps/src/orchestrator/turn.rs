@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::{OrderKind, Peak, RefusalCode};
+use umbra_api::pace;
 use umbra_api::replica::{ReplicaStatus, Role};
 use umbra_api::view::{LifecycleEvent, Mode};
 use umbra_api::{DecisionId, Epoch, HostId, OrderId, UnixMs};
@@ -218,6 +219,10 @@ impl Turn<'_> {
     /// Begins what was decided or asked for.
     pub fn begin(&mut self, event: Event) -> Result<(), Denied> {
         if matches!(event, Event::Switch { .. } | Event::FailBack { .. }) {
+            let host = self.state.host.clone();
+            if let Some(source) = self.present(&host, Role::Source) {
+                pace::gate(&source.progress).map_err(Denied::TooFast)?;
+            }
             self.redirect_prepare()?;
         }
         Ok(self.go(event)?)

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_api::order::{Order, OrderKind, Refusal, RefusalCode};
-use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{Convergence, Phase, Progress, ReplicaStatus, Role, ShadowMemory, SwitchoverReport};
 use umbra_api::{Epoch, HostId, OrderId, UnixMs, VmId};
 
 /// Ticks that a first copy takes.
@@ -79,6 +79,8 @@ pub struct Hosts {
     pub fail_switch: Option<u8>,
     /// What targets tell of their shadows' RAM.
     pub memory: Option<ShadowMemory>,
+    /// Guests dirty their memory faster than links carry it.
+    pub too_fast: bool,
     /// Orders that were carried out, for assertions.
     pub done: Vec<(HostId, Order)>,
 }
@@ -119,7 +121,13 @@ impl Hosts {
 
     pub fn replicas(&self, h: &HostId) -> Result<Vec<ReplicaStatus>, String> {
         let this = self.hosts.get(h).filter(|h| !h.down).ok_or("connection refused")?;
-        let sources = this.source.iter().map(|(vm, r)| status(*vm, Role::Source, r));
+        let sources = this.source.iter().map(|(vm, r)| {
+            let mut s = status(*vm, Role::Source, r);
+            if self.too_fast {
+                s.progress.pace.convergence = Convergence::NotConverging;
+            }
+            s
+        });
         let targets = this.target.iter().map(|(vm, r)| ReplicaStatus {
             memory: self.memory.clone(),
             ..status(*vm, Role::Target, r)

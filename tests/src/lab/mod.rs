@@ -150,6 +150,11 @@ impl Lab {
         self.set_uplink(host, true)
     }
 
+    /// Slows down what a host is sent by all others, or no more.
+    pub fn shape(&self, host: &str, mbit: Option<u32>) -> Result<()> {
+        net::shape(&self.switch, host, mbit)
+    }
+
     /// Cuts or restores a host's uplink.
     pub fn set_uplink(&self, host: &str, up: bool) -> Result<()> {
         net::ip(

@@ -156,3 +156,16 @@ pub fn make_tap(ns: &Netns, tap: &str) -> Result<()> {
 pub fn remove_tap(ns: &Netns, tap: &str) -> Result<()> {
     ip(ns, &format!("link del {tap}\n"))
 }
+
+/// Shapes what a host is sent: so many megabits a second from the switch, or as fast as it goes. What does not fit into 50 ms of
+/// queue is lost, as on a real link.
+pub fn shape(switch: &Netns, host: &str, mbit: Option<u32>) -> Result<()> {
+    let command = match mbit {
+        Some(mbit) => format!(
+            "qdisc replace dev {} root tbf rate {mbit}mbit burst 32kb latency 50ms\n",
+            port(host)
+        ),
+        None => format!("qdisc del dev {} root\n", port(host)),
+    };
+    run(switch, "tc", &["-batch", "-"], &command)
+}

@@ -149,19 +149,29 @@ impl Pair {
     /// Admits at the target and protects at the source; the first copy is under way then, or has failed.
     pub fn protect(&mut self, from: &str, to: &str) -> Result<()> {
         let link = self.replicator(to)?.link();
-        self.protect_by(from, to, link)
+        self.protect_with(from, to, link, Pacing::default())
     }
 
     /// The same over another way to the target.
     pub fn protect_by(&mut self, from: &str, to: &str, link: String) -> Result<()> {
+        self.protect_with(from, to, link, Pacing::default())
+    }
+
+    /// The same at another pace.
+    pub fn protect_paced(&mut self, from: &str, to: &str, pacing: Pacing) -> Result<()> {
+        let link = self.replicator(to)?.link();
+        self.protect_with(from, to, link, pacing)
+    }
+
+    fn protect_with(&mut self, from: &str, to: &str, link: String, pacing: Pacing) -> Result<()> {
         let epoch = self.next_epoch();
         self.order(to, epoch, OrderKind::Admit { source: from.parse()? })?;
-        self.order(from, epoch, protection(to, link)?)
+        self.order(from, epoch, protection(to, link, pacing)?)
     }
 
     /// The order that a source is given for a shadow on `to`.
     pub fn protection(&self, to: &str) -> Result<OrderKind> {
-        protection(to, self.replicator(to)?.link())
+        protection(to, self.replicator(to)?.link(), Pacing::default())
     }
 
     /// The source's replica once the shadow is warm.
@@ -418,11 +428,11 @@ impl Pair {
     }
 }
 
-fn protection(to: &str, link: String) -> Result<OrderKind> {
+fn protection(to: &str, link: String, pacing: Pacing) -> Result<OrderKind> {
     Ok(OrderKind::Protect {
         target: to.parse()?,
         link,
-        pacing: Pacing::default(),
+        pacing,
     })
 }
 
