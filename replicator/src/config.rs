@@ -16,6 +16,7 @@ use crate::limits::Limits;
 use crate::link::Security;
 use crate::link::tls::{Files, Tls};
 use crate::memory::keeper::Shares;
+use crate::pacing::control::Bounds;
 use crate::proc::Scope;
 
 /// Beyond it zstd takes several times as long for a few percent.
@@ -72,6 +73,52 @@ pub struct Config {
     pub link: Link,
     #[serde(default)]
     pub switchover: Switchover,
+    #[serde(default)]
+    pub pacing: Pacing,
+}
+
+/// What the copies may cost this host, whatever lag they are to keep. Each VM's copy by itself.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pacing {
+    /// Of one CPU, for QEMU's migration threads …
+    pub qemu_cpu_pct: f64,
+    /// … and for the replicator's thread that carries the pages. Neither bounds the first copy.
+    pub own_cpu_pct: f64,
+    /// The host is hot when somebody waits for a CPU for so much of the time: then copies back off.
+    pub hot_pct: f64,
+}
+
+impl Default for Pacing {
+    fn default() -> Self {
+        Self {
+            qemu_cpu_pct: 25.0,
+            own_cpu_pct: 25.0,
+            hot_pct: 80.0,
+        }
+    }
+}
+
+impl Pacing {
+    pub fn bounds(&self) -> Bounds {
+        Bounds {
+            qemu_cpu: self.qemu_cpu_pct / 100.0,
+            own_cpu: self.own_cpu_pct / 100.0,
+            hot: self.hot_pct / 100.0,
+        }
+    }
+
+    fn check(&self) -> Result<(), Invalid> {
+        let shares = [
+            ("pacing.qemu_cpu_pct", self.qemu_cpu_pct),
+            ("pacing.own_cpu_pct", self.own_cpu_pct),
+            ("pacing.hot_pct", self.hot_pct),
+        ];
+        match shares.into_iter().find(|(_, pct)| !(0.1..=100.0).contains(pct)) {
+            Some((key, pct)) => Err(Invalid::new(key, format!("{pct} is not between 0.1 and 100"))),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What a shadow gets of its expected peak while it waits; a running VM has all of it.
@@ -294,6 +341,7 @@ impl Check for Config {
         }
         self.tiers.check()?;
         self.link.check()?;
+        self.pacing.check()?;
         let times = [
             ("link.connect_timeout_ms", self.link.connect_timeout_ms),
             ("link.silence_ms", self.link.silence_ms),
@@ -347,6 +395,8 @@ mod tests {
         assert_eq!(e, "r.toml: tiers.standby: 0 is not above 0 and at most 1");
         let e = error("host = 'a'\n[tiers]\nstandby = 0.7\n");
         assert_eq!(e, "r.toml: tiers.armed: 0.5 is below tiers.standby, 0.7");
+        let e = error("host = 'a'\n[pacing]\nhot_pct = 120\n");
+        assert_eq!(e, "r.toml: pacing.hot_pct: 120 is not between 0.1 and 100");
         assert!(error("host = 'a'\nhots = 1\n").contains("hots"));
     }
 

@@ -1,7 +1,7 @@
 //! One daemon a host: the source of the VMs that run here, the target of shadows that wait here.
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
-//! [`ram`], [`synth`], [`tap`]), what it costs ([`tier`], [`memory`]), how pages travel ([`encode`], [`pacing`], [`link`], [`bucket`], [`limits`], [`urgent`],
+//! [`ram`], [`synth`], [`tap`]), what it costs ([`tier`], [`memory`]), how pages travel ([`encode`], [`pacing`] and [`heat`], [`link`], [`bucket`], [`limits`], [`urgent`],
 //! disks by [`tunnel`]), what must not be forgotten ([`journal`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]). [`faults`] is for tests.
 
 pub mod adopt;
@@ -10,6 +10,7 @@ pub mod config;
 pub mod encode;
 pub mod engine;
 pub mod faults;
+pub mod heat;
 pub mod http;
 pub mod journal;
 pub mod launch;

@@ -2,36 +2,54 @@
 //!
 //! ```text
 //!          synced(count >= 3, mark)          a fresh, small section
-//!  Seeding ───────────────────────> Reading ────────────────────────> Resting
-//!                                     ^    (RoundDone, with its rest)    │
-//!                                     └──────────── woke(mark) ──────────┘
+//!  Seeding ───────────────────────> Reading ───── RoundDone ────────> Resting (once told how long, by pause)
+//!                                     ^                                │   ^
+//!                                     │            woke(mark), time is │   │ a section behind the mark
+//!                                     └── woke(mark), no time is left ─┤   │
+//!                                                             left     └─> Sipping
 //!  any ── hurry ──> Hurrying: read on, there is no more rest
 //! ```
 //! A held migration iterates for ever. Read without a pause it spins at thousands of dirty syncs a second; left unread its
-//! thread blocks in a write, and QEMU's main loop may wait for it: hence rests of at most half a second.
+//! thread blocks in a write, and QEMU's main loop may wait for it: hence rests of at most half a second. A longer pause is
+//! made of several, with a sip between them: one section is read, since at its end QEMU has let go of what others wait for.
+//! How long to pause is said by [`control`], what the rounds tell of guest and link by [`estimate`] and [`working`].
 //!
 //! A round ends when all that was dirty at a sync after the wake-up has been read. QEMU does not say so, but:
 //! at the wake-up, `mark` is what the stream already holds (read, or waiting in the socket). The first section that ends
 //! strictly behind the mark was begun before it, so it is stale. From the second on, a small section means that
 //! QEMU ran out of dirty pages after the mark. Small is not empty: a guest with a NIC always has some dozens of hot pages.
+//! That holds as long as no section can have been cut: QEMU cuts one that has taken 50 ms, so on a slow link nearly all of them are
+//! small, and the reader can't tell from outside which were, since it waits for the link where QEMU waits for the socket. A round
+//! that has gone on for so long is ended by something that no cut touches, the order of the pages: QEMU has looked once through all of
+//! RAM, and found few ([`turn`]). Neither silence nor the reader's patience ever ends a round.
 //!
 //! The end of the first pass cannot be told by a small section, which comes early by chance in a large guest; QEMU's
 //! `dirty-sync-count` says it: 3 or more.
 
+pub mod control;
+pub mod estimate;
+#[cfg(test)]
+mod qemu_tests;
+pub mod turn;
+pub mod working;
+
 use std::time::{Duration, Instant};
 
 use umbra_api::order::ROUND_MS_MAX;
+use umbra_api::wire::setup::{Block, StreamSetup};
 
+use self::turn::Turn;
 use crate::stream::Section;
 
 /// Dirty syncs of which the first pass is known to be over.
 const SEEDED_SYNCS: u64 = 3;
 
+/// QEMU cuts a section that has taken longer.
+const SECTION_TIME: Duration = Duration::from_millis(50);
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Settings {
-    /// Pause between two rounds; longer than [`ROUND_MS_MAX`] is cut to it.
-    pub rest: Duration,
-    /// Most pages of a section that ends a round.
+    /// Most pages of a section, or of a whole turn, that ends a round.
     pub small_pages: u64,
     /// A round that reads for longer than this does not converge: reported each time this has gone by again.
     pub patience: Duration,
@@ -40,7 +58,6 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            rest: Duration::from_millis(ROUND_MS_MAX),
             small_pages: 128,
             patience: Duration::from_secs(5),
         }
@@ -51,11 +68,10 @@ impl Default for Settings {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
     KeepReading,
-    /// The round is complete: tell the target, do not read for `rest` (or until [`Pacer::hurry`]), then call [`Pacer::woke`].
-    RoundDone {
-        round: Round,
-        rest: Duration,
-    },
+    /// The round is complete: tell the target, and [`Pacer::pause`].
+    RoundDone(Round),
+    /// Do not read for so long (or until [`Pacer::hurry`]), then call [`Pacer::woke`].
+    Rest(Duration),
     /// The round does not end: the guest dirties pages faster than they travel. Read on.
     NotConverging(Round),
     /// The last section: the guest is stopped and everything of its RAM was read.
@@ -84,7 +100,14 @@ enum Phase {
         mark: u64,
         fresh: u32,
     },
-    Resting,
+    Resting {
+        left: Duration,
+    },
+    /// In the middle of a long pause.
+    Sipping {
+        mark: u64,
+        left: Duration,
+    },
     Hurrying,
 }
 
@@ -96,14 +119,18 @@ pub struct Pacer {
     /// Offset in the stream where the round began.
     from: u64,
     since: Instant,
+    /// Time spent reading before `since`, in this round.
+    before: Duration,
+    turn: Turn,
+    /// Of the round's time, what the first pass took: as long as it takes.
+    free: Duration,
     complaints: u32,
 }
 
 impl Pacer {
     pub fn new(settings: Settings, now: Instant) -> Self {
-        let rest = settings.rest.min(Duration::from_millis(ROUND_MS_MAX));
         Self {
-            settings: Settings { rest, ..settings },
+            settings,
             phase: Phase::Seeding,
             round: Round {
                 number: 0,
@@ -114,8 +141,21 @@ impl Pacer {
             },
             from: 0,
             since: now,
+            before: Duration::ZERO,
+            turn: Turn::default(),
+            free: Duration::ZERO,
             complaints: 0,
         }
+    }
+
+    /// The blocks of RAM are known.
+    pub fn setup(&mut self, setup: &StreamSetup) {
+        self.turn = Turn::new(setup.blocks.iter().map(Block::pages), self.settings.small_pages);
+    }
+
+    /// A page was read, of zeros or not. Each, and in order.
+    pub fn page(&mut self, block: u16, page: u64) {
+        self.turn.page(block, page);
     }
 
     /// The first pass still goes on: ask QEMU for its `dirty-sync-count` now and then, and tell [`Pacer::synced`].
@@ -131,21 +171,44 @@ impl Pacer {
     /// QEMU's `dirty-sync-count`, and the bytes received plus those that wait in the socket, asked *after* the count.
     pub fn synced(&mut self, count: u64, mark: u64) {
         if self.phase == Phase::Seeding && count >= SEEDED_SYNCS {
+            self.free = self.round.took;
             self.phase = Phase::Reading { mark, fresh: 0 };
         }
     }
 
+    /// Pauses for so long, after a round or in the middle of one; the first part of it is to be rested now.
+    pub fn pause(&mut self, time: Duration) -> Option<Duration> {
+        match self.phase {
+            Phase::Reading { .. } => {
+                self.before = self.round.took;
+                Some(self.part(time))
+            }
+            Phase::Resting { .. } => Some(self.part(time)),
+            Phase::Seeding | Phase::Sipping { .. } | Phase::Hurrying => None,
+        }
+    }
+
+    fn part(&mut self, time: Duration) -> Duration {
+        let part = time.min(Duration::from_millis(ROUND_MS_MAX));
+        self.phase = Phase::Resting { left: time - part };
+        part
+    }
+
     /// The rest is over. `mark` as for [`Pacer::synced`].
     pub fn woke(&mut self, mark: u64, now: Instant) {
-        if self.phase == Phase::Resting {
-            self.phase = Phase::Reading { mark, fresh: 0 };
-            self.since = now;
+        match self.phase {
+            Phase::Resting { left } if left.is_zero() => {
+                self.phase = Phase::Reading { mark, fresh: 0 };
+                self.since = now;
+            }
+            Phase::Resting { left } => self.phase = Phase::Sipping { mark, left },
+            _ => {}
         }
     }
 
     /// A switchover was ordered and its ack is sent: from now on everything is read at once.
     pub fn hurry(&mut self, now: Instant) {
-        if self.phase == Phase::Resting {
+        if let Phase::Resting { .. } | Phase::Sipping { .. } = self.phase {
             self.since = now;
         }
         self.phase = Phase::Hurrying;
@@ -153,28 +216,56 @@ impl Pacer {
 
     /// A section was read.
     pub fn section(&mut self, s: Section, now: Instant) -> Action {
-        self.round.pages += s.pages + s.zeros;
+        let pages = s.pages + s.zeros;
+        self.round.pages += pages;
         self.round.sections += 1;
         self.round.bytes = s.at.saturating_sub(self.from);
-        self.round.took = now.saturating_duration_since(self.since);
+        if let Phase::Sipping { mark, left } = self.phase {
+            // `since` is of the reading before.
+            return match s.at > mark && !s.end {
+                true => Action::Rest(self.part(left)),
+                false if s.end => self.ram_done(),
+                false => Action::KeepReading,
+            };
+        }
+        self.round.took = self.before + now.saturating_duration_since(self.since);
         if s.end {
-            self.phase = Phase::Hurrying;
-            return Action::RamDone(self.round);
+            return self.ram_done();
+        }
+        if let Phase::Resting { .. } = self.phase {
+            // What was read together with the round's end.
+            return Action::KeepReading;
         }
         if let Phase::Reading { mark, fresh } = &mut self.phase
             && s.at > *mark
         {
             *fresh = fresh.saturating_add(1);
-            if *fresh >= 2 && s.pages + s.zeros <= self.settings.small_pages {
+            if *fresh == 1 {
+                self.turn.begin();
+                return self.complain();
+            }
+            if pages == 0 {
+                self.turn.nothing();
+            }
+            let ended = match self.round.took < SECTION_TIME {
+                true => pages <= self.settings.small_pages,
+                false => self.turn.is_small(),
+            };
+            if ended {
                 return self.end_round(s.at);
             }
         }
         self.complain()
     }
 
+    fn ram_done(&mut self) -> Action {
+        self.phase = Phase::Hurrying;
+        Action::RamDone(self.round)
+    }
+
     fn end_round(&mut self, at: u64) -> Action {
         let round = self.round;
-        self.phase = Phase::Resting;
+        self.phase = Phase::Resting { left: Duration::ZERO };
         self.round = Round {
             number: round.number + 1,
             pages: 0,
@@ -183,21 +274,21 @@ impl Pacer {
             took: Duration::ZERO,
         };
         self.from = at;
+        self.before = Duration::ZERO;
+        self.free = Duration::ZERO;
         self.complaints = 0;
-        Action::RoundDone {
-            round,
-            rest: self.settings.rest,
-        }
+        Action::RoundDone(round)
     }
 
     /// A seed takes as long as it takes; every other round has its time.
     fn complain(&mut self) -> Action {
+        let took = self.round.took.saturating_sub(self.free);
         let due = self.settings.patience * (self.complaints + 1);
-        if matches!(self.phase, Phase::Seeding) || self.round.took < due {
+        if matches!(self.phase, Phase::Seeding) || took < due {
             return Action::KeepReading;
         }
         let patience = self.settings.patience.as_nanos().max(1);
-        self.complaints = u32::try_from(self.round.took.as_nanos() / patience).unwrap_or(u32::MAX - 1);
+        self.complaints = u32::try_from(took.as_nanos() / patience).unwrap_or(u32::MAX - 1);
         Action::NotConverging(self.round)
     }
 }
@@ -205,6 +296,8 @@ impl Pacer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const REST: Duration = Duration::from_millis(500);
 
     struct Clock(Instant);
 
@@ -223,6 +316,19 @@ mod tests {
         }
     }
 
+    fn ram(pages: u64) -> StreamSetup {
+        StreamSetup {
+            version: 3,
+            config: Vec::new(),
+            ram_section: 2,
+            ram_version: 4,
+            blocks: vec![Block {
+                name: "pc.ram".into(),
+                bytes: pages * 4096,
+            }],
+        }
+    }
+
     fn pacer() -> (Pacer, Clock) {
         let c = Clock(Instant::now());
         (Pacer::new(Settings::default(), c.0), c)
@@ -234,17 +340,9 @@ mod tests {
         p.synced(3, 900);
         p.section(section(950, 0), c.after(10));
         let a = p.section(section(1000, 0), c.after(10));
-        assert!(matches!(
-            a,
-            Action::RoundDone {
-                round: Round {
-                    number: 0,
-                    pages: 0,
-                    ..
-                },
-                ..
-            }
-        ));
+        let Action::RoundDone(round) = a else { panic!("{a:?}") };
+        assert_eq!((round.number, round.pages), (0, 0));
+        assert_eq!(p.pause(REST), Some(REST));
         (p, c)
     }
 
@@ -252,29 +350,23 @@ mod tests {
     fn a_small_section_does_not_end_the_seed() {
         let (mut p, c) = pacer();
         for at in 1..50 {
-            assert_eq!(p.section(section(at * 100, 0), c.after(at)), Action::KeepReading);
+            assert_eq!(p.section(section(at * 100, 0), c.after(at / 2)), Action::KeepReading);
         }
         p.synced(2, 5000);
         assert!(p.is_seeding());
         p.synced(3, 5000);
         assert!(!p.is_seeding());
-        assert_eq!(p.section(section(5000, 0), c.after(60)), Action::KeepReading);
-        assert_eq!(p.section(section(5001, 0), c.after(61)), Action::KeepReading);
-        let done = p.section(section(5010, 7), c.after(62));
+        assert_eq!(p.section(section(5000, 0), c.after(40)), Action::KeepReading);
+        assert_eq!(p.section(section(5001, 0), c.after(41)), Action::KeepReading);
+        let done = p.section(section(5010, 7), c.after(42));
         let want = Round {
             number: 0,
             pages: 7,
             sections: 52,
             bytes: 5010,
-            took: Duration::from_millis(62),
+            took: Duration::from_millis(42),
         };
-        assert_eq!(
-            done,
-            Action::RoundDone {
-                round: want,
-                rest: Duration::from_millis(500)
-            }
-        );
+        assert_eq!(done, Action::RoundDone(want));
     }
 
     #[test]
@@ -298,30 +390,47 @@ mod tests {
             bytes: 2500,
             took: Duration::from_millis(3),
         };
-        assert_eq!(
-            done,
-            Action::RoundDone {
-                round: want,
-                rest: Duration::from_millis(500)
-            }
-        );
+        assert_eq!(done, Action::RoundDone(want));
         assert_eq!(p.round().number, 2);
     }
 
     #[test]
-    fn a_rest_is_never_longer_than_qemu_bears() {
-        let c = Clock(Instant::now());
-        let mut p = Pacer::new(
-            Settings {
-                rest: Duration::from_secs(9),
-                ..Settings::default()
-            },
-            c.0,
-        );
-        p.synced(4, 0);
-        p.section(section(1, 0), c.after(1));
-        let a = p.section(section(2, 0), c.after(1));
-        assert!(matches!(a, Action::RoundDone { rest, .. } if rest == Duration::from_millis(500)));
+    fn a_rest_is_never_longer_than_qemu_bears_and_a_long_pause_sips() {
+        let (mut p, c) = seeded();
+        assert_eq!(p.pause(Duration::from_millis(1_200)), Some(REST));
+        // Of what waits in the socket nothing ends the pause; the first section behind it does.
+        for at in [2_000, 3_000] {
+            p.woke(at, c.after(at));
+            assert_eq!(p.section(section(at - 500, 0), c.after(at)), Action::KeepReading);
+            let rest = if at == 2_000 { REST } else { Duration::from_millis(200) };
+            assert_eq!(p.section(section(at + 1, 100), c.after(at)), Action::Rest(rest));
+        }
+        p.woke(4_000, c.after(4_000));
+        assert_eq!(p.section(section(4_001, 5), c.after(4_001)), Action::KeepReading);
+        let done = p.section(section(4_010, 6), c.after(4_003));
+        let Action::RoundDone(round) = done else {
+            panic!("{done:?}")
+        };
+        // The sips' pages are the round's, their time is not.
+        assert_eq!((round.pages, round.took), (211, Duration::from_millis(3)));
+    }
+
+    #[test]
+    fn a_sip_ends_in_a_hurry_or_with_the_stream() {
+        let (mut p, c) = seeded();
+        p.pause(REST * 3);
+        p.woke(2_000, c.after(500));
+        p.hurry(c.after(501));
+        assert_eq!(p.section(section(2_001, 0), c.after(502)), Action::KeepReading);
+        assert_eq!(p.pause(REST), None);
+        let (mut p, c) = seeded();
+        p.pause(REST * 3);
+        p.woke(2_000, c.after(500));
+        let last = Section {
+            end: true,
+            ..section(1_500, 1)
+        };
+        assert!(matches!(p.section(last, c.after(501)), Action::RamDone(_)));
     }
 
     #[test]
@@ -361,10 +470,62 @@ mod tests {
             }
         }
         assert_eq!(told, 4);
+    }
+
+    #[test]
+    fn a_slow_round_ends_with_a_turn_of_few_pages_and_not_with_a_section_of_few() {
+        let (mut p, c) = pacer();
+        p.setup(&ram(10_000));
+        let mut seen = (0, 0);
+        let mut read = |p: &mut Pacer, pages: &[u64], ms: u64| {
+            pages.iter().for_each(|n| p.page(0, *n));
+            seen = (seen.0 + 1_000, seen.1 + ms);
+            p.section(section(seen.0, pages.len() as u64), c.after(seen.1))
+        };
+        p.synced(3, 0);
+        // As slow as can be: one page a section, and 500 that are dirty again each time.
+        for i in 0..2_000 {
+            let a = read(&mut p, &[i % 500], 51);
+            assert!(
+                matches!(a, Action::KeepReading | Action::NotConverging(_)),
+                "{i}: {a:?}"
+            );
+        }
+        // The guest has calmed down to three, but of the turn that ends with 300 there are 200 more.
+        for page in [100, 200, 300] {
+            assert!(!matches!(read(&mut p, &[page], 51), Action::RoundDone(_)));
+        }
+        assert!(matches!(read(&mut p, &[100], 51), Action::RoundDone(_)));
+    }
+
+    #[test]
+    fn a_slow_round_ends_with_a_section_of_nothing() {
+        let (mut p, c) = seeded();
+        p.setup(&ram(10_000));
+        p.woke(2_000, c.after(500));
+        (0..64).for_each(|n| p.page(0, n));
+        assert_eq!(p.section(section(2_100, 64), c.after(600)), Action::KeepReading);
+        assert_eq!(p.section(section(2_200, 1), c.after(700)), Action::KeepReading);
         assert!(matches!(
-            p.section(section(1 << 20, 1), c.after(20_600)),
-            Action::RoundDone { .. }
+            p.section(section(2_300, 0), c.after(701)),
+            Action::RoundDone(_)
         ));
+    }
+
+    #[test]
+    fn a_pause_in_the_middle_of_a_round_is_no_time_of_the_round() {
+        let (mut p, c) = seeded();
+        p.woke(1000, c.after(500));
+        let a = p.section(section(2000, 1000), c.after(5_600));
+        assert!(matches!(a, Action::NotConverging(_)));
+        assert_eq!(p.pause(Duration::from_millis(300)), Some(Duration::from_millis(300)));
+        p.woke(2100, c.after(60_000));
+        assert_eq!(p.section(section(3000, 1000), c.after(61_000)), Action::KeepReading);
+        let a = p.section(section(4000, 1000), c.after(65_000));
+        let Action::NotConverging(round) = a else {
+            panic!("{a:?}")
+        };
+        assert_eq!((round.pages, round.took), (3000, Duration::from_millis(10_100)));
     }
 
     #[test]

@@ -140,7 +140,9 @@ struct Ends {
     decoder: Option<Decoder>,
     covered: Vec<bool>,
     pings: Vec<u32>,
-    sections: Vec<Section>,
+    /// Pages since the last section ended.
+    pages: Vec<(u16, u64)>,
+    sections: Vec<Ended>,
     device: Vec<u8>,
     complete: bool,
     batches: u64,
@@ -167,7 +169,7 @@ impl Ends {
             Event::Zero { block, page } => self.page(block, page, None)?,
             Event::Section(s) => {
                 self.flush()?;
-                self.sections.push(s);
+                self.sections.push((std::mem::take(&mut self.pages), s));
             }
             Event::Device(piece) => self.device.extend_from_slice(piece),
             Event::Complete { device_bytes } => {
@@ -183,6 +185,7 @@ impl Ends {
         if setup.block("pc.ram") == Some(block) {
             self.covered[page as usize] = true;
         }
+        self.pages.push((block, page));
         self.feed_link(|e, out| e.page(block, page, data, out))
     }
 
@@ -205,6 +208,9 @@ impl Ends {
     }
 }
 
+/// The end of a section, and its pages.
+type Ended = (Vec<(u16, u64)>, Section);
+
 /// A source in one thread: reads, paces, answers.
 struct Source {
     socket: UnixStream,
@@ -217,8 +223,8 @@ struct Source {
 }
 
 impl Source {
-    /// Reads once; gives back the sections that ended.
-    fn read(&mut self) -> Result<Vec<Section>> {
+    /// Reads once; gives back the sections that ended, and the pages before their ends.
+    fn read(&mut self) -> Result<Vec<Ended>> {
         let n = self.socket.read(&mut self.buf)?;
         if n == 0 {
             return Err("the primary closed its migration".into());
@@ -346,29 +352,28 @@ fn hold(primary: &Vm, ram: &Path) -> Result<Source> {
 /// The seed, and a round after a rest.
 fn two_rounds(primary: &Vm, source: &mut Source) -> Result<()> {
     let rest = Duration::from_millis(50);
-    let mut pacer = Pacer::new(
-        Settings {
-            rest,
-            ..Settings::default()
-        },
-        Instant::now(),
-    );
-    let mut rounds = 0;
+    let mut pacer = Pacer::new(Settings::default(), Instant::now());
+    let (mut rounds, mut set_up) = (0, false);
     while rounds < 2 {
         let sections = source.read()?;
+        if let Some(setup) = source.ends.setup.as_ref().filter(|_| !set_up) {
+            pacer.setup(setup);
+            set_up = true;
+        }
         if pacer.is_seeding() {
             let count = primary.dirty_syncs()?;
             pacer.synced(count, source.mark()?);
         }
-        for s in sections {
+        for (pages, s) in sections {
+            pages.iter().for_each(|(block, page)| pacer.page(*block, *page));
             match pacer.section(s, Instant::now()) {
-                Action::KeepReading | Action::NotConverging(_) => {}
-                Action::RoundDone { round, rest } => {
+                Action::KeepReading | Action::NotConverging(_) | Action::Rest(_) => {}
+                Action::RoundDone(round) => {
                     assert_eq!(round.number, rounds);
                     assert!(round.number > 0 || round.pages >= PAGES as u64, "{round:?}");
                     rounds += 1;
                     // This is the pause that pacing is about.
-                    std::thread::sleep(rest);
+                    std::thread::sleep(pacer.pause(rest).unwrap_or_default());
                     pacer.woke(source.mark()?, Instant::now());
                 }
                 Action::RamDone(r) => return Err(format!("the hold ended by itself: {r:?}").into()),
@@ -383,7 +388,7 @@ fn switch(source: &mut Source) -> Result<()> {
     source.socket.write_all(&return_path::switchover_ack())?;
     let mut ended = 0;
     while !source.ends.complete {
-        ended += source.read()?.iter().filter(|s| s.end).count();
+        ended += source.read()?.iter().filter(|(_, s)| s.end).count();
     }
     assert_eq!(ended, 1);
     assert!(source.parser.is_complete());

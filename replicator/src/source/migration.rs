@@ -23,7 +23,9 @@ const DOWNTIME_LIMIT_MS: u64 = 100;
 const MAX_BANDWIDTH: u64 = 4 << 30;
 
 /// Capabilities that change the stream's format, or let the guest run ahead of it.
-const OFF: [&str; 9] = [
+const OFF: [&str; 11] = [
+    "auto-converge",
+    "dirty-limit",
     "xbzrle",
     "multifd",
     "mapped-ram",
@@ -35,6 +37,21 @@ const OFF: [&str; 9] = [
     "validate-uuid",
 ];
 
+/// QEMU's auto-converge can't be switched on while a migration runs, and knows no 0: a guest that may be throttled loses this much.
+const LEAST_THROTTLE: u8 = 1;
+
+/// auto-converge with a percentage of ours: QEMU would raise its own in any held migration, where all that is dirtied is sent
+/// and no more. It sets `initial` first, then adds up to the maximum, each time the guest has dirtied more than the trigger's share of
+/// what was sent: nearly always, with 1 %.
+fn throttle_parameters(percent: u8) -> Value {
+    json!({
+        "throttle-trigger-threshold": 1,
+        "cpu-throttle-initial": percent,
+        "cpu-throttle-increment": 99,
+        "max-cpu-throttle": percent,
+    })
+}
+
 /// How long a migration may take to end once it was told to.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -44,16 +61,25 @@ pub struct Migration {
     socket: UnixStream,
     /// QEMU's main loop, and the threads that it started for the migration.
     threads: Vec<i32>,
+    throttle: bool,
+}
+
+/// What QEMU tells of a guest that is too fast.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Rates {
+    pub dirty_pages_per_s: u64,
+    pub throttle_pct: Option<u8>,
 }
 
 impl Migration {
     /// Starts the held migration. Its stream is read from the second value. `pause`: QEMU waits with the stopped guest, before
-    /// it gives its disks away, until it is told to [`Migration::go_on`].
+    /// it gives its disks away, until it is told to [`Migration::go_on`]. `throttle`: QEMU may be told to [`Migration::throttle`] the guest.
     pub fn start(
         qmp: &Client,
         qemu: ProcessId,
         events: &Sender<Event>,
         pause: bool,
+        throttle: bool,
     ) -> Result<(Self, UnixStream), QmpError> {
         let set = |name: &str, on: bool| json!({"capability": name, "state": on});
         qmp.execute(
@@ -65,6 +91,11 @@ impl Migration {
         if pause {
             let pause = json!({"capabilities": [set("pause-before-switchover", true)]});
             qmp.execute("migrate-set-capabilities", pause)?;
+        }
+        if throttle {
+            let converge = json!({"capabilities": [set("auto-converge", true)]});
+            qmp.execute("migrate-set-capabilities", converge)?;
+            qmp.execute("migrate-set-parameters", throttle_parameters(LEAST_THROTTLE))?;
         }
         let parameters = json!({
             "max-bandwidth": MAX_BANDWIDTH,
@@ -90,6 +121,7 @@ impl Migration {
                 qmp: qmp.clone(),
                 socket: ours,
                 threads,
+                throttle,
             },
             reader,
         ))
@@ -98,6 +130,11 @@ impl Migration {
     /// QEMU's threads that a stopped guest waits for.
     pub fn threads(&self) -> &[i32] {
         &self.threads
+    }
+
+    /// Those of them that the migration alone costs.
+    pub fn own_threads(&self, qemu: ProcessId) -> Vec<i32> {
+        self.threads.iter().copied().filter(|t| *t != qemu.pid).collect()
     }
 
     /// Lets QEMU stop the guest as soon as it has converged.
@@ -121,9 +158,46 @@ impl Migration {
         // Both may fail when QEMU is gone or ended it already, and that is what is asked below.
         let _ = (&self.socket).write_all(&return_path::shut(1));
         let _ = self.socket.shutdown(Shutdown::Both);
-        wait_terminal(&self.qmp, END_TIMEOUT)
+        let ended = wait_terminal(&self.qmp, END_TIMEOUT);
+        if self.throttle {
+            // QEMU has ended the throttle with the migration; these are for an operator's own.
+            self.forget_throttle();
+        }
+        ended.map(|_| ()).map_err(|e| e.to_string())
+    }
+
+    fn forget_throttle(&self) {
+        let defaults = json!({
+            "throttle-trigger-threshold": 50,
+            "cpu-throttle-initial": 20,
+            "cpu-throttle-increment": 10,
+            "max-cpu-throttle": 99,
+        });
+        let off = json!({"capabilities": [{"capability": "auto-converge", "state": false}]});
+        for (command, arguments) in [("migrate-set-parameters", defaults), ("migrate-set-capabilities", off)] {
+            if let Err(e) = self.qmp.execute(command, arguments) {
+                tracing::warn!("auto-converge is left configured in QEMU: {e}");
+            }
+        }
+    }
+
+    /// Slows the guest down, if the migration was started so: QEMU does it at one of its next dirty syncs.
+    pub fn throttle(&self, percent: u8) -> Result<(), QmpError> {
+        let percent = percent.clamp(LEAST_THROTTLE, 99);
+        self.qmp
+            .execute("migrate-set-parameters", throttle_parameters(percent))
             .map(|_| ())
-            .map_err(|e| e.to_string())
+    }
+
+    pub fn rates(&self) -> Result<Rates, QmpError> {
+        let info = self.qmp.execute("query-migrate", Value::Null)?;
+        let throttle = info["cpu-throttle-percentage"].as_u64();
+        Ok(Rates {
+            dirty_pages_per_s: info["ram"]["dirty-pages-rate"].as_u64().unwrap_or(0),
+            throttle_pct: throttle
+                .and_then(|p| u8::try_from(p).ok())
+                .filter(|p| *p > LEAST_THROTTLE),
+        })
     }
 
     pub fn dirty_sync_count(&self) -> Result<u64, QmpError> {

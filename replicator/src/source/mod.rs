@@ -1,14 +1,17 @@
 //! The side on which the VM runs: adopts the primary, seeds and holds its shadow, and hands it over.
 //!
 //! [`machine`] decides, [`session`] drives it and owns the thread, [`migration`] is QEMU's part, [`pump`] carries the
-//! pages, [`mirror`] copies private disks and [`park`] has it wait, [`control`] talks to the target, [`times`] makes the report.
+//! pages at the pace that [`governor`] gives, [`pressure`] deals with a guest that is too fast, [`mirror`] copies private disks and
+//! [`park`] has it wait, [`control`] talks to the target, [`times`] makes the report.
 
 pub mod control;
 mod door;
+pub mod governor;
 pub mod machine;
 pub mod migration;
 pub mod mirror;
 pub mod park;
+pub mod pressure;
 pub mod pump;
 pub mod session;
 pub mod times;

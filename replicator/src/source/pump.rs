@@ -4,15 +4,17 @@
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::unistd::gettid;
+use umbra_api::order::Pacing;
 use umbra_api::replica::PageKinds;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 
+use super::governor::{Costs, Figures, Governor, Sent};
 use super::machine::Input;
 use super::session::Event;
 use crate::encode::{self, Encoder};
@@ -24,6 +26,15 @@ use crate::stream::{self, Limits, Parser, StreamError, return_path};
 
 /// As much as is read at once. Larger than a socket's buffer, so that one read empties it.
 const READ_BYTES: usize = 1 << 20;
+
+/// In the first copy the host is looked at so often.
+const SEED_LOOK: Duration = Duration::from_millis(250);
+/// A slow link is looked at so often for whether it has sent what it was given.
+const KEEP_UP_LOOK: Duration = Duration::from_millis(5);
+/// … and is not waited for when it sends nothing.
+const STALLED: Duration = Duration::from_secs(2);
+/// A guest that is to be stopped runs on until the link has taken what was sent before, but no longer than this.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// What the driver tells the pump, and what both count.
 #[derive(Default)]
@@ -39,9 +50,16 @@ pub struct Shared {
     pub pages: Mutex<PageKinds>,
     /// The pump's thread.
     pub thread: AtomicI32,
+    /// The guest stands still.
+    pub stopped: AtomicBool,
+    figures: Mutex<Figures>,
 }
 
 impl Shared {
+    pub fn figures(&self) -> Figures {
+        *self.figures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends a rest, and all further ones.
     pub fn hurry(&self) {
         *self.hurry.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -83,7 +101,8 @@ pub struct Pump {
     pub socket: UnixStream,
     pub ram: FrameWriter<WriteHalf>,
     pub encoding: encode::Settings,
-    pub pacing: Settings,
+    pub pacing: Pacing,
+    pub costs: Costs,
     pub core: Arc<Core>,
     pub shared: Arc<Shared>,
     pub events: Sender<Event>,
@@ -106,10 +125,12 @@ impl Pump {
     fn carry(self) -> Result<(), PumpError> {
         let mut socket = self.socket;
         let mut parser = Parser::new(Limits::default());
+        let now = Instant::now();
         let mut out = Out {
             encoder: Encoder::new(self.encoding).map_err(PumpError::Pack)?,
             ram: self.ram,
-            pacer: Pacer::new(self.pacing, Instant::now()),
+            pacer: Pacer::new(Settings::default(), now),
+            governor: Governor::new(self.pacing, self.core.config.pacing.bounds(), self.costs, now),
             core: self.core,
             shared: self.shared,
             events: self.events,
@@ -139,6 +160,7 @@ struct Out {
     encoder: Encoder,
     ram: FrameWriter<WriteHalf>,
     pacer: Pacer,
+    governor: Governor,
     core: Arc<Core>,
     shared: Arc<Shared>,
     events: Sender<Event>,
@@ -161,6 +183,8 @@ impl Out {
                 let payload = setup.encode().map_err(|e| PumpError::Stream(e.into()))?;
                 self.ram.send(Kind::Setup, &payload)?;
                 self.encoder.setup(setup);
+                self.pacer.setup(setup);
+                self.governor.setup(setup);
                 let _ = self.events.send(Event::Setup {
                     ram_bytes: setup.ram_bytes(),
                 });
@@ -184,8 +208,16 @@ impl Out {
     }
 
     fn page(&mut self, block: u16, page: u64, data: Option<&stream::Page>) -> Result<(), PumpError> {
+        self.pacer.page(block, page);
+        if self.pacer.round().number > 0 {
+            self.governor.page(block, page);
+        }
+        let most = (!self.pacer.is_seeding()).then(|| self.governor.backlog_max());
         let (ram, throttle, shared) = (&mut self.ram, &self.core.throttle, &self.shared);
-        let mut send = |payload: &[u8]| send_pages(ram, throttle, shared, payload);
+        let mut send = |payload: &[u8]| {
+            send_pages(ram, throttle, shared, payload)?;
+            most.map_or(Ok(()), |most| keep_up(ram, shared, most))
+        };
         self.encoder
             .page(block, page, data, &mut send)
             .map_err(|e| PumpError::Link(e.to_string()))
@@ -194,14 +226,23 @@ impl Out {
     fn paced(&mut self, action: Action) -> Result<(), PumpError> {
         match action {
             Action::KeepReading => Ok(()),
-            Action::NotConverging(round) => {
-                let _ = self.events.send(Event::NotConverging(round));
+            Action::Rest(time) => {
+                self.rest = Some(time);
                 Ok(())
             }
-            Action::RoundDone { round, rest } => {
+            Action::NotConverging(round) => {
+                let time = self.governor.complained(&round, self.sent()?, Instant::now());
+                self.tell(Event::NotConverging(round));
+                if !time.is_zero() {
+                    self.rest = self.pacer.pause(time);
+                }
+                Ok(())
+            }
+            Action::RoundDone(round) => {
                 self.end_round(round)?;
-                self.rest = Some(rest);
-                let _ = self.events.send(Event::Round(round));
+                let time = self.governor.ended(&round, self.sent()?, Instant::now());
+                self.rest = self.pacer.pause(time);
+                self.tell(Event::Round(round));
                 Ok(())
             }
             Action::RamDone(round) => {
@@ -228,6 +269,19 @@ impl Out {
         Ok(())
     }
 
+    /// With the figures as they are now.
+    fn tell(&self, event: Event) {
+        *self.shared.figures.lock().unwrap_or_else(PoisonError::into_inner) = self.governor.figures();
+        let _ = self.events.send(event);
+    }
+
+    fn sent(&self) -> Result<Sent, PumpError> {
+        Ok(Sent {
+            wire: self.ram.bytes(),
+            unsent: self.ram.unsent()?,
+        })
+    }
+
     fn count(&self) {
         self.shared.wire_bytes.store(self.ram.bytes(), Ordering::Relaxed);
         *self.shared.pages.lock().unwrap_or_else(PoisonError::into_inner) = self.encoder.stats();
@@ -241,6 +295,7 @@ impl Out {
             self.shared.seeded_bytes.store(seen, Ordering::Relaxed);
             let syncs = self.shared.syncs.load(Ordering::Acquire);
             self.pacer.synced(syncs, received + waiting(socket)?);
+            self.share_host()?;
         }
         if let Some(time) = self.rest.take() {
             if !self.shared.is_hurried() {
@@ -250,8 +305,34 @@ impl Out {
                 true => self.pacer.hurry(Instant::now()),
                 false => self.pacer.woke(received + waiting(socket)?, Instant::now()),
             }
+            self.governor.woke(self.sent()?, Instant::now());
         } else if self.shared.is_hurried() {
             self.pacer.hurry(Instant::now());
+            self.drain()?;
+        }
+        Ok(())
+    }
+
+    /// The first copy goes as fast as it can, but on a hot host only every other moment.
+    fn share_host(&mut self) -> Result<(), PumpError> {
+        let now = Instant::now();
+        if now.saturating_duration_since(self.governor.since()) < SEED_LOOK {
+            return Ok(());
+        }
+        let time = self.governor.seeding(self.sent()?, now);
+        if !time.is_zero() {
+            self.shared.rest(time.min(SEED_LOOK));
+            self.governor.woke(self.sent()?, Instant::now());
+        }
+        Ok(())
+    }
+
+    /// QEMU stops the guest when it has given away nearly everything, and can't know how much of that is still on this
+    /// side of a slow link. As long as it is much, nothing more is taken from it, and the guest runs on.
+    fn drain(&mut self) -> Result<(), PumpError> {
+        let (since, most) = (Instant::now(), self.governor.backlog_max());
+        while !self.shared.stopped.load(Ordering::Relaxed) && self.ram.unsent()? > most && since.elapsed() < DRAIN_MAX {
+            std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
     }
@@ -262,6 +343,24 @@ fn send_pages(ram: &mut FrameWriter<WriteHalf>, throttle: &Throttle, shared: &Sh
     ram.send(Kind::Pages, batch)
         .map_err(|e| io::Error::other(crate::chain(&e)))?;
     hold_back(throttle, shared, batch.len());
+    Ok(())
+}
+
+/// Waits for the link, of which the kernel would take megabytes for sent. Else rounds would end that are only begun to travel:
+/// what QEMU gives away is to be what the link carries.
+fn keep_up(ram: &FrameWriter<WriteHalf>, shared: &Shared, most: u64) -> io::Result<()> {
+    let (mut least, mut since) = (u64::MAX, Instant::now());
+    while !shared.is_hurried() {
+        let backlog = ram.backlog().map_err(|e| io::Error::other(crate::chain(&e)))?;
+        if backlog < least {
+            (least, since) = (backlog, Instant::now());
+        }
+        // A link that is dead is found out by writing to it.
+        if backlog <= most || since.elapsed() > STALLED {
+            break;
+        }
+        shared.rest(KEEP_UP_LOOK);
+    }
     Ok(())
 }
 

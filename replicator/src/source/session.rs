@@ -1,9 +1,11 @@
 //! Drives one protection on the source: turns what happens into the machine's inputs, and carries out its actions.
 //!
-//! [`open`] begins, here it runs, [`disks`] is what comes of its private disks, and [`undecided`] asks until it is answered.
+//! [`open`] begins, here it runs, [`pace`] keeps to its pacing, [`disks`] is what comes of its private disks, and [`undecided`] asks
+//! until it is answered.
 
 mod disks;
 mod open;
+mod pace;
 mod undecided;
 
 use std::collections::VecDeque;
@@ -21,8 +23,9 @@ use umbra_api::{Epoch, HostId, VmId};
 use self::undecided::{Abort, Retries};
 use super::control::{Control, Target, Timeouts};
 use super::machine::{Action, Durable, Input, Machine, State};
-use super::migration::Migration;
+use super::migration::{Migration, Rates};
 use super::mirror::{Mirrors, News};
+use super::pressure::Pressure;
 use super::pump::Shared;
 use super::times::{Resumed, Times};
 use crate::engine::{Core, unix_ms};
@@ -118,6 +121,8 @@ pub struct Session {
     control: Option<Control>,
     generation: u64,
     progress: Progress,
+    pressure: Pressure,
+    rates: Rates,
     started: Instant,
     last_round: Option<Instant>,
     pinged: Instant,
@@ -176,6 +181,7 @@ impl Session {
             error: None,
         };
         let now = Instant::now();
+        let pressure = Pressure::new(plan.pacing.not_converging);
         Self {
             core,
             plan,
@@ -192,6 +198,8 @@ impl Session {
             control: None,
             generation: 0,
             progress: Progress::default(),
+            pressure,
+            rates: Rates::default(),
             started: now,
             last_round: None,
             pinged: now,
@@ -262,10 +270,7 @@ impl Session {
             Event::Input(input) => self.fate(input),
             Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
             Event::Round(round) => self.round(round),
-            Event::NotConverging(round) => {
-                tracing::warn!(vm = %self.plan.vm, pages = round.pages, took = ?round.took, "the round does not end");
-                self.progress.lag_pages = round.pages;
-            }
+            Event::NotConverging(round) => self.not_converging(round),
             Event::RamDone(round) => {
                 self.times.ram_done = Some(Instant::now());
                 self.report.last_pass_pages = round.pages;
@@ -276,6 +281,7 @@ impl Session {
                 self.times.stopped_unix_us = unix_us;
                 self.hasten();
                 self.unasked_stop();
+                self.bound_the_stop();
             }
             Event::PreSwitchover => self.pre_switchover(),
             Event::Disk { disk, news } => {
@@ -372,20 +378,6 @@ impl Session {
             true => self.input(Input::PrimaryGone),
             false => self.input(Input::MigrationFailed("QEMU closed its QMP connection".into())),
         }
-    }
-
-    fn round(&mut self, round: Round) {
-        let now = Instant::now();
-        if round.number == 0 {
-            self.progress.seed_ms = Some(self.started.elapsed().as_millis() as u64);
-            tracing::info!(vm = %self.plan.vm, took = ?self.started.elapsed(), pages = round.pages, "seeded");
-        } else {
-            let since = self.last_round.map_or(round.took, |t| now - t);
-            self.progress.dirty_pages_per_s = (round.pages as f64 / since.as_secs_f64().max(1e-3)) as u64;
-        }
-        self.last_round = Some(now);
-        self.progress.rounds = round.number;
-        self.progress.lag_pages = round.pages;
     }
 
     fn said(&mut self, message: Message) {
@@ -548,7 +540,8 @@ impl Session {
         }
         if self.give_up_at.is_some_and(|t| t <= now) {
             self.give_up_at = None;
-            self.input(Input::TimedOut);
+            let input = self.timed_out();
+            self.input(input);
         }
         self.retry(now);
         if now - self.pinged >= PING_EVERY {
@@ -560,6 +553,10 @@ impl Session {
             }
             self.ask_disks();
             self.maybe_seeded();
+            let holding = matches!(self.machine.state, State::Seeding | State::Standby);
+            if holding && self.pressure.may_throttle() {
+                self.ask_rates();
+            }
             self.publish();
         }
     }
@@ -580,6 +577,7 @@ impl Session {
         self.progress.seeded_bytes = self.pump.seeded_bytes.load(Ordering::Relaxed);
         self.progress.wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);
         self.progress.pages = *self.pump.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        self.note_figures();
         self.progress.lag_ms = self.last_round.map_or(0, |t| t.elapsed().as_millis() as u64);
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.progress = self.progress;

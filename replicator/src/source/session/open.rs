@@ -1,14 +1,14 @@
 //! How a session begins: a new protection, or one that goes on after a restart of the replicator.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::{Message, ShadowSpec};
 
 use super::Session;
 use crate::faults::Side;
-use crate::pacing::Settings;
 use crate::source::control::Control;
+use crate::source::governor::Costs;
 use crate::source::machine::{Durable, Input, Machine};
 use crate::source::migration::{Migration, Primary, ask_primary};
 use crate::source::mirror::{self, Mirrors, Way};
@@ -65,16 +65,19 @@ impl Session {
         let mirrors = Mirrors::start(&qmp, &disks, &way, &self.sender)?;
         let pause = !mirrors.is_empty();
         self.mirrors = Some(mirrors);
-        let (migration, socket) = Migration::start(&qmp, self.plan.process, &self.sender, pause)?;
+        let throttle = self.pressure.may_throttle();
+        let (migration, socket) = Migration::start(&qmp, self.plan.process, &self.sender, pause, throttle)?;
+        let costs = Costs {
+            qemu: plan.process.pid,
+            threads: migration.own_threads(plan.process),
+        };
         self.migration = Some(migration);
         let pump = Pump {
             socket,
             ram,
             encoding: self.core.config.link.encoding(),
-            pacing: Settings {
-                rest: Duration::from_millis(plan.pacing.round_ms),
-                ..Settings::default()
-            },
+            pacing: plan.pacing,
+            costs,
             core: self.core.clone(),
             shared: self.pump.clone(),
             events: self.sender.clone(),

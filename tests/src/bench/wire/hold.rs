@@ -103,9 +103,16 @@ impl<'a> Hold<'a> {
     pub fn round(&mut self) -> Result<()> {
         loop {
             for item in self.read()? {
-                let Item::Section(section) = item else { continue };
+                let section = match item {
+                    Item::Page(block, page, _) => {
+                        self.pacer.page(block, page);
+                        continue;
+                    }
+                    Item::Section(section) => section,
+                };
                 match self.pacer.section(section, Instant::now()) {
-                    Action::KeepReading => {}
+                    // It never asks for a rest, since nobody asks it for a pause.
+                    Action::KeepReading | Action::Rest(_) => {}
                     Action::NotConverging(round) => println!("    a round does not end: {round:?}"),
                     Action::RoundDone { .. } => {
                         self.costs.rounds += 1;
@@ -164,11 +171,14 @@ impl<'a> Hold<'a> {
         self.received += n as u64;
         self.costs.stock.bytes += n as u64;
         let (mut items, mut pings) = (Vec::new(), Vec::new());
-        let encoder = &mut self.encoder;
+        let (encoder, pacer) = (&mut self.encoder, &mut self.pacer);
         let bytes = self.buffer.get(..n).unwrap_or_default();
         self.parser.push(bytes, &mut |e: Event<'_>| {
             match e {
-                Event::Setup(s) => encoder.setup(s),
+                Event::Setup(s) => {
+                    encoder.setup(s);
+                    pacer.setup(s);
+                }
                 Event::Ping(n) => pings.push(n),
                 Event::Page { block, page, data } => items.push(Item::Page(block, page, Some(Box::new(*data)))),
                 Event::Zero { block, page } => items.push(Item::Page(block, page, None)),
