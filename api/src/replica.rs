@@ -133,6 +133,7 @@ pub struct Progress {
     /// How the pages travelled that QEMU sent so far.
     pub pages: PageKinds,
     pub pace: Pace,
+    pub resume: Resumption,
 }
 
 /// How pages travelled, by kind.
@@ -260,6 +261,23 @@ pub enum HeldBack {
     OwnCpu,
     /// Others wait for a CPU on this host.
     HotHost,
+}
+
+/// How a copy that broke off went on, and what was found about its shadow's memory. Counts since the protection began, or its
+/// replicator was restarted.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Resumption {
+    /// The copy broke off then, and is not warm again yet: it goes on by itself.
+    pub broken_since: Option<UnixMs>,
+    /// Attempts at a new pass after a break.
+    pub passes: u64,
+    /// Pages of the latest first pass that travelled (zeros not counted), and those that the target had already.
+    pub sent_pages: u64,
+    pub skipped_pages: u64,
+    /// Pages that were compared with what was sent, and those that differed.
+    pub scrubbed_pages: u64,
+    pub differing_pages: u64,
 }
 
 /// One switchover, as the source saw it. Times that compare two hosts' clocks say so.

@@ -100,7 +100,7 @@ impl Ends {
         let file = File::options().read(true).write(true).create_new(true).open(&path)?;
         file.set_len(PAGES << 12)?;
         let theirs = MmapOptions::new().map_raw(&file)?;
-        let ram = RamFile::of_shadow(&path, PAGES << 12, ProcessId::of(std::process::id() as i32)?)?;
+        let ram = RamFile::of_shadow(&path, ProcessId::of(std::process::id() as i32)?)?;
         let mut encoder = Encoder::new(Settings {
             level_min: 1,
             level_max: 1,

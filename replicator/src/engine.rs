@@ -13,24 +13,27 @@ use serde_json::Value;
 use umbra_api::order::{DOWNTIME_MS_MAX, Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalCode};
 use umbra_api::pace;
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
-use umbra_api::wire::control::ShadowSpec;
 use umbra_api::{Epoch, HostId, UnixMs, VmId};
 use umbra_daemon::config::Invalid;
 
 mod adoptable;
+mod arrive;
 mod facts;
 mod fences;
 mod parked;
 mod recover;
 
+pub use arrive::{Hello, Welcome};
+
 use crate::adopt;
 use crate::config::Config;
 use crate::faults::Faults;
 use crate::journal::{Journal, QemuRef, SourceRecord, TargetRecord, VmRecord};
-use crate::launch::{self, Images, ShadowRecord, kept};
+use crate::launch::{self, Images, ShadowRecord};
 use crate::limits::{Limits, Throttle};
 use crate::link::{Identity, Security};
 use crate::qmp::Client;
+use crate::resume::held;
 use crate::source;
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
 use crate::source::park::Parked;
@@ -38,7 +41,6 @@ use crate::target;
 use crate::target::feed::Feed;
 use crate::target::handover::HandOver;
 use crate::target::machine::{Durable as TargetDurable, Input as TargetInput};
-use crate::target::session::Reply;
 use crate::urgent::Crew;
 
 const QMP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -77,25 +79,6 @@ pub struct Engine {
     vms: Mutex<HashMap<VmId, Entry>>,
     /// Shadows whose ram connection has not come yet, by session.
     feeds: Mutex<HashMap<u64, Feed>>,
-}
-
-/// A source's first message.
-pub struct Hello {
-    pub vm: VmId,
-    pub name: String,
-    pub epoch: Epoch,
-    pub host: HostId,
-    /// Where the source's own link listener is, if it has one.
-    pub link: Option<String>,
-    pub spec: ShadowSpec,
-    pub resume: Option<u64>,
-}
-
-/// What it is answered.
-pub struct Welcome {
-    pub session: u64,
-    pub resumed: bool,
-    pub events: Sender<target::session::Event>,
 }
 
 pub fn unix_ms() -> UnixMs {
@@ -193,7 +176,7 @@ impl Engine {
                 epoch: s.epoch,
                 peer: s.peer,
                 link: s.link,
-                pacing: Pacing::default(),
+                pacing: s.pacing,
                 process: s.qemu.id,
                 report: s.report,
             };
@@ -256,7 +239,9 @@ impl Engine {
             out.extend(entry.source.as_ref().map(|s| seen(retired(s.status(), &record))));
             match (&entry.target, &record.target) {
                 (Some(t), _) => out.push(seen(t.status())),
-                (None, Some(t)) if t.durable == TargetDurable::Admitted => out.push(admitted(&record, t)),
+                (None, Some(t)) if matches!(t.durable, TargetDurable::Admitted | TargetDurable::Held) => {
+                    out.push(admitted(&record, t));
+                }
                 _ => {}
             }
         }
@@ -302,15 +287,24 @@ impl Engine {
             OrderKind::Admit { source } => self.admit(order, entry, source),
             OrderKind::Protect { target, link, pacing } => self.protect(order, entry, target, link, *pacing),
             OrderKind::Tier { tier, expected_peak } => {
-                let target = entry
-                    .target
-                    .as_ref()
-                    .ok_or_else(|| wrong_phase("there is no shadow of this VM here"))?;
-                self.remember(order)?;
-                let _ = target.events.send(target::session::Event::Tier {
-                    tier: *tier,
-                    peak: *expected_peak,
+                let held = record
+                    .and_then(|r| r.target)
+                    .is_some_and(|t| t.durable == TargetDurable::Held);
+                if entry.target.is_none() && !held {
+                    return Err(wrong_phase("there is no shadow of this VM here"));
+                }
+                let noted = self.core.journal.update(order.vm, |r| {
+                    r.epoch = r.epoch.max(order.epoch);
+                    r.remember(order.id);
+                    if let Some(t) = r.target.as_mut() {
+                        t.tier = Some((*tier, *expected_peak));
+                    }
                 });
+                noted.map_err(|e| local(&e))?;
+                if let Some(target) = &entry.target {
+                    let (tier, peak) = (*tier, *expected_peak);
+                    let _ = target.events.send(target::session::Event::Tier { tier, peak });
+                }
                 Ok(())
             }
             OrderKind::Switchover => self.switchover(order, entry),
@@ -351,6 +345,7 @@ impl Engine {
             durable: TargetDurable::Admitted,
             shadow: None,
             link: None,
+            tier: None,
             since: unix_ms(),
             error: None,
         };
@@ -418,6 +413,7 @@ impl Engine {
             epoch: order.epoch,
             durable: SourceDurable::Protecting,
             qemu,
+            pacing,
             since: unix_ms(),
             report: None,
             leftover: None,
@@ -501,6 +497,7 @@ impl Engine {
             _ => {}
         }
         // Nothing is at work: forget what has ended.
+        held::forget(&self.core.config.ram_dir, order.vm);
         let forget = |r: &mut VmRecord| {
             r.remember(order.id);
             r.epoch = r.epoch.max(order.epoch);
@@ -548,91 +545,6 @@ impl Engine {
             }
         });
         noted.map_err(|e| local(&e))
-    }
-
-    /// A source wants its shadow here.
-    pub fn hello(&self, hello: Hello, control: Reply) -> Result<Welcome, Refusal> {
-        let (vm, epoch) = (hello.vm, hello.epoch);
-        let mut vms = self.lock();
-        let admitted = self.core.journal.get(vm).and_then(|r| r.target);
-        match admitted {
-            Some(t) if t.durable == TargetDurable::Admitted && t.peer == hello.host && t.epoch == epoch => {}
-            _ => {
-                let detail = format!(
-                    "no shadow of VM {vm} from {} in epoch {epoch} was admitted here",
-                    hello.host
-                );
-                return Err(wrong_phase(detail));
-            }
-        }
-        // Unique on this host over restarts, and no secret.
-        let session = unix_ms().0.unsigned_abs();
-        let cfg = self.core.config.launch();
-        let images = kept::claim(&cfg.disk_dir, vm, hello.resume, &hello.host, &hello.spec.disks);
-        let resumed = images.is_some();
-        let mut shadow = launch::launch_on(&hello.spec, &cfg, vm, session, images)?;
-        for warning in &shadow.warnings {
-            tracing::warn!(%vm, "{warning}");
-        }
-        let begun = (|| {
-            let noted = self.core.journal.update(vm, |r| {
-                r.name.clone_from(&hello.name);
-                if let Some(t) = r.target.as_mut() {
-                    t.durable = TargetDurable::Shadow;
-                    t.link.clone_from(&hello.link);
-                    t.shadow = Some(shadow.record.clone());
-                }
-            });
-            noted.map_err(|e| local(&e))?;
-            let incoming = shadow
-                .incoming
-                .take()
-                .ok_or_else(|| local(&"the shadow has no incoming socket"))?;
-            let mark = shadow.qmp.mark();
-            let plan = target::session::Plan {
-                vm,
-                name: hello.name,
-                epoch,
-                peer: hello.host,
-                disks: HandOver::default(),
-            };
-            let (peer, disks) = (plan.peer.clone(), plan.disks.clone());
-            let handle = target::Session::start(self.core.clone(), plan, &shadow, control).map_err(|e| local(&e))?;
-            let events = handle.events.clone();
-            let feed = Feed {
-                peer,
-                files: shadow.record.ram.clone(),
-                incoming,
-                qmp: shadow.qmp.clone(),
-                mark,
-                events: events.clone(),
-                record: shadow.record.clone(),
-                disks,
-            };
-            self.feeds
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(session, feed);
-            vms.entry(vm).or_default().target = Some(handle);
-            Ok(Welcome {
-                session,
-                resumed,
-                events,
-            })
-        })();
-        begun.inspect_err(|_| {
-            if let Err(e) = launch::discard(&shadow.record, Images::Remove) {
-                tracing::warn!(%vm, "the shadow is not cleaned up: {e}");
-            }
-        })
-    }
-
-    /// The intake of a session, which only its own source may have.
-    pub fn take_feed(&self, session: u64, from: &Identity) -> Result<Feed, String> {
-        let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
-        let feed = feeds.get(&session).ok_or("no session waits for this ram connection")?;
-        from.is(&feed.peer)?;
-        feeds.remove(&session).ok_or_else(|| "gone".to_owned())
     }
 
     /// Whom this host takes or took a shadow of the VM from.
@@ -685,10 +597,14 @@ impl Engine {
         drop(vms);
         for e in &entries {
             if let Some(s) = &e.source {
-                let _ = s.events.send(source::session::Event::Input(SourceInput::Release));
+                let _ = s.events.send(source::session::Event::Stop);
             }
             if let Some(t) = &e.target {
-                let _ = t.events.send(target::session::Event::Input(TargetInput::Release));
+                // An undecided shadow goes, its memory stays: its source goes on with it when this daemon is back.
+                let why = "the target's replicator was stopped";
+                let _ = t
+                    .events
+                    .send(target::session::Event::Input(TargetInput::LinkLost(why.into())));
                 let _ = t.events.send(target::session::Event::Leave);
             }
         }

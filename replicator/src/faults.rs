@@ -132,6 +132,8 @@ pub fn source_step(action: &source::machine::Action) -> &'static str {
         A::TakeBack => "take_back",
         A::Kill => "kill",
         A::Goodbye { .. } => "goodbye",
+        A::HangUp => "hang_up",
+        A::Begin => "begin",
     }
 }
 
@@ -147,12 +149,14 @@ pub fn target_step(action: &target::machine::Action) -> &'static str {
         A::Write(D::Fenced { .. }) => "write.fenced",
         A::Write(D::Exited { .. }) => "write.exited",
         A::Write(D::Discarded) => "write.discarded",
+        A::Write(D::Held) => "write.held",
         A::SayPrepared { .. } => "say_prepared",
         A::SayRunning { .. } => "say_running",
         A::SayAborted { .. } => "say_aborted",
         A::Refuse(_) => "refuse",
         A::Resume => "resume",
         A::Discard => "discard",
+        A::Hold => "hold",
         A::Kill => "kill",
     }
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use umbra_api::order::Refusal;
+use umbra_api::order::{Pacing, Peak, Refusal, Tier};
 use umbra_api::replica::SwitchoverReport;
 use umbra_api::{Epoch, HostId, OrderId, UnixMs, VmId};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -63,6 +63,8 @@ pub struct SourceRecord {
     pub epoch: Epoch,
     pub durable: source::machine::Durable,
     pub qemu: QemuRef,
+    #[serde(default)]
+    pub pacing: Pacing,
     pub since: UnixMs,
     pub report: Option<SwitchoverReport>,
     /// The primary was once a shadow here: what is to be cleaned up when it is retired.
@@ -87,6 +89,9 @@ pub struct TargetRecord {
     /// The source's own link address.
     #[serde(default)]
     pub link: Option<String>,
+    /// What the shadow was last told to use: the next one of the same protection is told it again.
+    #[serde(default)]
+    pub tier: Option<(Tier, Peak)>,
     pub since: UnixMs,
     pub error: Option<Refusal>,
 }
@@ -132,6 +137,7 @@ impl VmRecord {
                         durable: target::machine::Durable::Running { epoch },
                         shadow: Some(shadow),
                         link: None,
+                        tier: None,
                         since: now,
                         error: None,
                     });

@@ -40,7 +40,7 @@ fn source(r: &ReplicaStatus, value: f64) -> Option<f64> {
 }
 
 /// Name, help, and where it comes from. All are gauges: a replica's counts begin again with each protection.
-const GAUGES: [(&str, &str, Value); 23] = [
+const GAUGES: [(&str, &str, Value); 28] = [
     ("umbra_replica_ram_bytes", "RAM of the VM, all blocks", |r| {
         Some(r.progress.ram_bytes as f64)
     }),
@@ -138,6 +138,31 @@ const GAUGES: [(&str, &str, Value); 23] = [
         "umbra_replica_throttle_ratio",
         "How much the guest is slowed down",
         |r| source(r, f64::from(r.progress.pace.throttle_pct.unwrap_or(0)) / 100.0),
+    ),
+    (
+        "umbra_replica_resumptions",
+        "Attempts at a new pass after the copy had broken off",
+        |r| Some(r.progress.resume.passes as f64),
+    ),
+    (
+        "umbra_replica_pass_sent_pages",
+        "Pages of the latest first pass that travelled",
+        |r| Some(r.progress.resume.sent_pages as f64),
+    ),
+    (
+        "umbra_replica_pass_skipped_pages",
+        "Pages of the latest first pass that the target had already",
+        |r| Some(r.progress.resume.skipped_pages as f64),
+    ),
+    (
+        "umbra_replica_scrubbed_pages",
+        "Pages of the shadow that were compared with what was sent",
+        |r| Some(r.progress.resume.scrubbed_pages as f64),
+    ),
+    (
+        "umbra_replica_differing_pages",
+        "Pages of the shadow that were found damaged",
+        |r| Some(r.progress.resume.differing_pages as f64),
     ),
     (
         "umbra_replica_guest_stopped_seconds",

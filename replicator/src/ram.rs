@@ -17,6 +17,7 @@ use nix::unistd::{Whence, lseek};
 use umbra_api::wire::setup::StreamSetup;
 
 use crate::memory::pages::Pages;
+use crate::memory::plan::Run;
 use crate::memory::window::Window;
 use crate::proc::ProcessId;
 use crate::stream::Page;
@@ -45,6 +46,16 @@ pub enum RamError {
     OutOfBlock { block: u16, page: u64, pages: u64 },
 }
 
+/// What it takes to read a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Where {
+    /// A hole: it is zero.
+    Nowhere,
+    Ram,
+    /// It would have to be read back first.
+    Swap,
+}
+
 /// A block's pages in a file.
 pub struct RamFile {
     pages: Arc<Pages>,
@@ -56,10 +67,10 @@ impl RamFile {
         Self::open(path, bytes, Window::own)
     }
 
-    /// The same, but written through the mapping of the QEMU whose memory it is. Where that can't be, it is mapped here, and
-    /// charged to this process.
-    pub fn of_shadow(path: &Path, bytes: u64, qemu: ProcessId) -> Result<Self, RamError> {
-        Self::open(path, bytes, |file| {
+    /// A file that is there, written through the mapping of the QEMU whose memory it is. Where that can't be, it is mapped here,
+    /// and charged to this process.
+    pub fn of_shadow(path: &Path, qemu: ProcessId) -> Result<Self, RamError> {
+        Self::open(path, 0, |file| {
             Window::through(file, qemu).or_else(|e| {
                 tracing::warn!(path = %path.display(), "the shadow's RAM is charged to the replicator: {e}");
                 Window::own(file)
@@ -67,6 +78,7 @@ impl RamFile {
         })
     }
 
+    /// `bytes`: 0 if it is as long as it is.
     fn open(path: &Path, bytes: u64, window: impl FnOnce(&File) -> io::Result<Window>) -> Result<Self, RamError> {
         let io = |source| RamError::Io {
             path: path.to_owned(),
@@ -85,11 +97,12 @@ impl RamFile {
             have,
             want,
         };
-        match meta.len() {
-            0 => file.set_len(bytes).map_err(io)?,
-            have if have != bytes => return Err(size(have, bytes)),
-            _ => {}
-        }
+        let bytes = match (meta.len(), bytes) {
+            (have, 0) => have,
+            (0, bytes) => file.set_len(bytes).map(|()| bytes).map_err(io)?,
+            (have, bytes) if have != bytes => return Err(size(have, bytes)),
+            (_, bytes) => bytes,
+        };
         if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE as u64) {
             let page = PAGE_SIZE as u64;
             return Err(size(bytes, bytes.next_multiple_of(page).max(page)));
@@ -133,7 +146,7 @@ impl RamFile {
     }
 
     /// Neighbouring pages. False, and nothing written, if one of them is none of this file's.
-    fn write(&mut self, first: u64, data: &[Page]) -> Result<bool, RamError> {
+    pub fn write(&mut self, first: u64, data: &[Page]) -> Result<bool, RamError> {
         let last = first.saturating_add(data.len() as u64).saturating_sub(1);
         let (Some(first), Some(_)) = (self.number(first), self.number(last)) else {
             return Ok(false);
@@ -149,6 +162,22 @@ impl RamFile {
             return Ok(true);
         }
         self.write(page, &[ZERO_PAGE])
+    }
+
+    /// Where some pages are; empty if one of them is none of this file's.
+    fn places(&self, first: u64, pages: usize) -> Result<Vec<Where>, RamError> {
+        let last = first.saturating_add(pages as u64).saturating_sub(1);
+        let (Some(first), Some(_)) = (self.number(first), self.number(last)) else {
+            return Ok(Vec::new());
+        };
+        let resident = self.pages.window.resident_of(Run { first, pages });
+        let resident = resident.map_err(|e| self.failed(e))?;
+        let place = |(page, resident)| match (self.pages.present.get(page), resident) {
+            (false, _) => Where::Nowhere,
+            (true, true) => Where::Ram,
+            (true, false) => Where::Swap,
+        };
+        Ok((first..).zip(resident).map(place).collect())
     }
 
     /// Copies a page out; false if there is no such page.
@@ -290,6 +319,19 @@ impl ShadowRam {
             None => false,
         };
         self.checked(wrote, block, page)
+    }
+
+    /// Where some neighbouring pages are. Nothing is read.
+    pub fn places(&self, block: u16, first: u64, pages: usize) -> Result<Vec<Where>, RamError> {
+        let found = match self.blocks.get(usize::from(block)) {
+            Some(Place::File(f)) => f.places(first, pages)?,
+            Some(place @ Place::Small(_)) if first.saturating_add(pages as u64) <= place.pages() => {
+                vec![Where::Ram; pages]
+            }
+            _ => Vec::new(),
+        };
+        let last = first.saturating_add(pages as u64).saturating_sub(1);
+        self.checked(found.len() == pages, block, last).map(|()| found)
     }
 
     pub fn read_page(&self, block: u16, page: u64, into: &mut Page) -> Result<(), RamError> {

@@ -3,6 +3,8 @@
 //!
 //! The VM has a private disk, which a mirror keeps up to date: QEMU pauses with the stopped guest until the copies are equal.
 //!
+//! A copy that breaks off before a switchover is ordered is begun anew, with a new session and a new shadow, as often as it likes.
+//!
 //! Checked in each: never two running copies, and never a shadow that runs on a disk which is not the primary's last, or which the
 //! daemon that filled it still has, and never a primary that comes back although the shadow ran. In each state in which nothing is left to happen: exactly one copy runs.
 
@@ -118,13 +120,13 @@ enum Fence {
 impl World {
     fn new(crashes: u8, cuts: u8, recoveries: u8) -> Self {
         let mut m = source::Machine::new();
+        m.apply(source::Input::Begun);
         m.apply(source::Input::Seeded);
         let mut t = target::Machine::new(PROTECT);
         t.apply(target::Input::Seeded);
-        let actions = m.apply(source::Input::Switchover { epoch: SWITCH });
         Self {
             source: Side {
-                alive: Some((m, actions.into())),
+                alive: Some((m, VecDeque::new())),
             },
             source_disk: source::Durable::Protecting,
             target: Side {
@@ -257,7 +259,35 @@ impl World {
                     self.send_target(ToTarget::Goodbye);
                 }
             }
+            A::HangUp => {
+                self.cut();
+                self.source_lost = false;
+            }
+            A::Begin => self.hello(),
         }
+    }
+
+    /// A source comes again. A target that has not noticed yet that it was gone, or is not there, has it try once more.
+    fn hello(&mut self) {
+        let expected = self.target_idle() && self.target_disk == target::Durable::Held && self.shadow == Shadow::Gone;
+        if !expected {
+            if self.target_idle() && self.target_disk == target::Durable::Shadow {
+                self.tell_target(target::Input::LinkLost("anew".into()));
+            }
+            return self.tell_source(source::Input::LinkLost("not yet".into()));
+        }
+        assert_eq!(self.primary, Primary::Runs, "a copy is begun of what does not run");
+        let mut machine = target::Machine::new(PROTECT);
+        machine.apply(target::Input::Seeded);
+        self.target.alive = Some((machine, VecDeque::new()));
+        self.target_disk = target::Durable::Shadow;
+        self.shadow = Shadow::Waits;
+        self.link = Some((VecDeque::new(), VecDeque::new()));
+        (self.socket, self.acked, self.equal, self.daemon) = (true, false, false, true);
+        // The old session's end is the old session's.
+        self.target_lost = false;
+        self.tell_source(source::Input::Begun);
+        self.tell_source(source::Input::Seeded);
     }
 
     fn target_acts(&mut self, action: target::Action) {
@@ -295,7 +325,7 @@ impl World {
             A::Kill => {
                 (self.daemon, self.shadow) = (false, Shadow::Gone);
             }
-            A::Discard => {
+            A::Discard | A::Hold => {
                 assert_ne!(self.shadow, Shadow::Runs, "a running VM is discarded");
                 self.daemon = false;
                 self.shadow = Shadow::Gone;
@@ -400,6 +430,14 @@ impl World {
                 w.target.alive = Some((m, actions.into()));
                 w.shadow_news = false;
             });
+        }
+        if self.source_is(|s| *s == source::State::Standby) {
+            self.then("a switchover is ordered", out, |w| {
+                w.tell_source(source::Input::Switchover { epoch: SWITCH });
+            });
+        }
+        if self.source_is(|s| matches!(s, source::State::Broken { .. })) {
+            self.then("source begins anew", out, |w| w.tell_source(source::Input::Again));
         }
         let resolving = self.source_is(|s| matches!(s, source::State::Resolving { .. }));
         let ended = self.source_is(|s| matches!(s, source::State::Ended { .. }));

@@ -273,6 +273,36 @@ fn a_target_that_is_down_fails_the_attempt_and_is_cleared_later() {
 }
 
 #[test]
+fn a_copy_that_broke_off_is_waited_for_and_not_for_ever() {
+    let mut sim = Sim::new(5);
+    sim.create().unwrap();
+    sim.until(Stage::Standby);
+    let (a, protection) = (host("a"), sim.state().protection);
+    sim.hosts.break_copy(&a, vm());
+    sim.ticks(40);
+    assert_eq!(sim.stage(), Stage::Standby, "it goes on by itself");
+    // A switchover that is wanted now waits for the shadow to be warm.
+    sim.request(Request::Switchover).unwrap();
+    sim.ticks(5);
+    assert_eq!(sim.stage(), Stage::Switching);
+    assert_eq!(sim.hosts.runs_on(vm()), Some(&a));
+    sim.hosts.resume_copy(&a, vm());
+    sim.until(Stage::Reverse);
+    assert_eq!(sim.hosts.runs_on(vm()), Some(&host("b")));
+    assert!(sim.state().protection > protection);
+
+    sim.hosts.break_copy(&host("b"), vm());
+    sim.until(Stage::Failed);
+    assert!(
+        sim.state()
+            .last_error
+            .as_deref()
+            .is_some_and(|e| e.contains("broke off"))
+    );
+    assert_eq!(sim.hosts.runs_on(vm()), Some(&host("b")));
+}
+
+#[test]
 fn a_store_older_than_the_world_finds_its_epoch() {
     let mut sim = Sim::new(6);
     for _ in 0..3 {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use umbra_api::order::OrderKind;
-use umbra_api::replica::Role;
+use umbra_api::replica::{Phase, Role};
 use umbra_tests::lab::pair::{Pair, with_pair};
 use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::qmp::Qmp;
@@ -56,15 +56,35 @@ fn a_target_that_is_down_or_cut_off_harms_nothing() {
         pair.restart_replicator("b")?;
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
-        pair.lab.set_uplink("b", false)?;
-        pair.wait_ended("a").context("the lost link to be noticed")?;
-        ensure!(pair.wait_runs()? == "a", "the VM runs on");
+        let broken = |pair: &mut Pair| {
+            pair.lab.set_uplink("b", false)?;
+            wait_for("the lost link to be noticed", Duration::from_secs(60), || {
+                let r = pair.replica("a", Role::Source)?;
+                Ok(r.filter(|r| r.phase == Phase::Seeding && r.error.is_some()).map(|_| ()))
+            })?;
+            ensure!(pair.wait_runs()? == "a", "the VM runs on");
+            Ok(())
+        };
+        // It is tried again, and that can be ended by an order.
+        broken(pair)?;
+        let epoch = pair.next_epoch();
+        pair.order("a", epoch, OrderKind::Release)?;
+        wait_for("the copy to be given up", Duration::from_secs(60), || {
+            let r = pair.replica("a", Role::Source)?;
+            Ok(r.filter(|r| r.phase == Phase::Released).map(|_| ()))
+        })?;
         pair.lab.set_uplink("b", true)?;
         pair.wait_alone()?;
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
+        broken(pair)?;
+        pair.lab.set_uplink("b", true)?;
+        pair.wait_standby("a")?;
         pair.switchover("a")?;
-        ensure!(pair.wait_runs()? == "b", "and once the link is back, all works again");
+        ensure!(
+            pair.wait_runs()? == "b",
+            "and once the link is back, all works again without an order"
+        );
         ensure!(pair.errors()? == 0, "no pattern error");
         Ok(())
     });
@@ -109,8 +129,8 @@ fn a_replicator_that_is_stopped_leaves_the_vm_as_it_found_it() {
         ensure!(status.success(), "it ends well: {status}");
         ensure!(pair.wait_runs()? == "a", "the VM runs on");
         pair.wait_alone()?;
+        // What it had to do it goes on with when it is back.
         pair.restart_replicator("a")?;
-        pair.protect("a", "b")?;
         pair.wait_standby("a")?;
         // The shadow's QEMU is killed under the target's hands.
         sys::kill(pair.qemu("b")?, Signal::SIGKILL)?;

@@ -113,6 +113,13 @@ pub enum Message {
     Checked {
         lacks: Vec<Refusal>,
     },
+    /// Pages of the shadow's RAM are not what was sent: memory of the target is damaged, or either side has an error.
+    Differs {
+        block: String,
+        pages: u64,
+        /// The first one's number.
+        first: u64,
+    },
     Refused {
         refusal: Refusal,
     },

@@ -25,10 +25,14 @@ pub enum Kind {
     Setup,
     /// A piece of a disk's NBD conversation, word for word, in order.
     Disk,
+    /// Target to source: [`super::hashes::Held`].
+    Held,
+    /// [`super::hashes::Sums`].
+    Sums,
 }
 
 impl Kind {
-    const ALL: [(Self, u8, u32); 7] = [
+    const ALL: [(Self, u8, u32); 9] = [
         (Self::Control, 1, 1 << 20),
         (Self::Pages, 2, 2 << 20),
         (Self::RoundEnd, 3, 64),
@@ -36,6 +40,8 @@ impl Kind {
         (Self::StreamEnd, 5, 64),
         (Self::Setup, 6, 512 << 10),
         (Self::Disk, 7, 1 << 20),
+        (Self::Held, 16, 128 << 10),
+        (Self::Sums, 17, 64 << 10),
     ];
 
     fn to_byte(self) -> u8 {
@@ -66,6 +72,8 @@ impl fmt::Display for Kind {
             Self::StreamEnd => "stream-end",
             Self::Setup => "setup",
             Self::Disk => "disk",
+            Self::Held => "held",
+            Self::Sums => "sums",
         })
     }
 }

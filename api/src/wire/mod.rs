@@ -17,10 +17,12 @@
 //! can tell by the first byte what the other one is. Preambles begin with 0x55, TLS records with 0x14 to 0x17, frames with less.
 //!
 //! Versions: 1, the first. 2, batches of pages tell known pages and deltas, in runs, with a sum over the decoded pages.
-//! 3, a source asks for the images that were kept of a copy that broke off.
+//! 3, a source asks for the images that were kept of a copy that broke off. 4, a ram connection begins with what the target still
+//! holds; sums of pages ([`hashes`]).
 
 pub mod control;
 pub mod frame;
+pub mod hashes;
 pub mod pages;
 pub mod setup;
 pub mod varint;
@@ -28,7 +30,7 @@ pub mod varint;
 use std::fmt;
 
 /// The version spoken here. A peer that speaks another one is refused by number.
-pub const LINK_VERSION: u16 = 3;
+pub const LINK_VERSION: u16 = 4;
 
 const MAGIC: &[u8; 8] = b"UMBRALNK";
 
@@ -169,6 +171,10 @@ impl<'a> Reader<'a> {
 
     fn u64(&mut self) -> Result<u64, WireError> {
         self.array().map(u64::from_le_bytes)
+    }
+
+    fn rest(self) -> &'a [u8] {
+        self.bytes
     }
 
     fn end(self) -> Result<(), WireError> {

@@ -3,7 +3,7 @@
 use jiff::tz::TimeZone;
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Convergence, Pace, PageKinds, Progress, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{Convergence, Pace, PageKinds, Progress, Resumption, ShadowMemory, SwitchoverReport};
 use umbra_api::view::*;
 use umbra_api::{DecisionId, Epoch, UnixMs, VmId};
 
@@ -142,6 +142,7 @@ pub fn vm() -> VmView {
                 max_downtime_ms: 1_000,
                 ..Pace::default()
             },
+            resume: Resumption::default(),
         }),
         last_switchover: Some(SwitchoverReport {
             at: NOW.plus_ms(-60_000),

@@ -2,7 +2,7 @@
 
 use comfy_table::Cell;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Convergence, HeldBack, Pace, Progress, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{Convergence, HeldBack, Pace, Progress, Resumption, ShadowMemory, SwitchoverReport};
 use umbra_api::view::{ForecastView, VmView};
 
 use super::words::{bytes, count, number, span, sparkline, us, whole};
@@ -25,7 +25,7 @@ pub fn show(look: &Look, v: &VmView) -> String {
         parts.push(section(look, "Models by last backtest", scores(look, v)));
     }
     if let Some(p) = &v.progress {
-        parts.push(section(look, "Copy", look.pairs(copy(p))));
+        parts.push(section(look, "Copy", look.pairs(copy(look, p))));
     }
     if let Some(r) = &v.last_switchover {
         parts.push(section(look, "Last switchover", look.pairs(switchover(look, r))));
@@ -163,7 +163,32 @@ fn scores(look: &Look, v: &VmView) -> String {
     super::indent(&look.table(&["MODEL", "PINBALL LOSS", ""], &[1], rows))
 }
 
-fn copy(p: &Progress) -> Vec<(&'static str, String)> {
+/// What became of a copy that broke off, and what a scrub of its memory found.
+fn resumed(look: &Look, r: &Resumption, ram_bytes: u64) -> Option<String> {
+    const PAGE: u64 = 4096;
+    let mut parts = Vec::new();
+    match r.broken_since {
+        Some(since) => parts.push(format!(
+            "it broke off at {}, and goes on by itself ({} so far)",
+            look.clock(since),
+            count(r.passes as usize, "attempt")
+        )),
+        None if r.passes > 0 => parts.push(format!(
+            "begun anew {}, at last {} of {} travelled again",
+            count(r.passes as usize, "time"),
+            bytes(r.sent_pages.saturating_mul(PAGE)),
+            bytes(ram_bytes)
+        )),
+        None => {}
+    }
+    if r.differing_pages > 0 {
+        let pages = count(r.differing_pages as usize, "damaged page");
+        parts.push(format!("{pages} found in the shadow"));
+    }
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+fn copy(look: &Look, p: &Progress) -> Vec<(&'static str, String)> {
     let seed = match p.seed_ms {
         Some(ms) => format!("{} in {}", bytes(p.ram_bytes), span(ms as f64 / 1000.0)),
         None if p.ram_bytes > 0 => format!(
@@ -194,6 +219,9 @@ fn copy(p: &Progress) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
+    if let Some(text) = resumed(look, &p.resume, p.ram_bytes) {
+        rows.push(("after breaks", text));
+    }
     if p.pace.convergence == Convergence::NotConverging {
         rows.push(("too fast", too_fast(p)));
     } else if let Some(ms) = p.estimated_downtime_ms {
@@ -333,6 +361,21 @@ Events
   TIME      STAGE    WHY
   09:12:50  standby  the first copy is complete"
         );
+    }
+
+    #[test]
+    fn what_became_of_a_copy_that_broke_off() {
+        let tell = |r: Resumption| resumed(&sample::look(), &r, 256 << 20);
+        let mut r = Resumption::default();
+        assert_eq!(tell(r), None);
+        (r.passes, r.sent_pages, r.differing_pages) = (2, 512, 1);
+        let text = tell(r).unwrap();
+        assert_eq!(
+            text,
+            "begun anew 2 times, at last 2.0 MiB of 256 MiB travelled again; 1 damaged page found in the shadow"
+        );
+        r.broken_since = Some(sample::NOW);
+        assert!(tell(r).unwrap().contains("goes on by itself (2 attempts so far)"));
     }
 
     #[test]

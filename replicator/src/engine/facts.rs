@@ -148,7 +148,7 @@ fn source_facts(s: &SourceRecord, phase: Option<Phase>, qemus: &[QemuProcess]) -
 
 fn target_facts(t: &TargetRecord, phase: Option<Phase>) -> SideFacts {
     let (decided, epoch) = match t.durable {
-        TargetDurable::Admitted | TargetDurable::Shadow => (Decided::Nothing, t.epoch),
+        TargetDurable::Admitted | TargetDurable::Shadow | TargetDurable::Held => (Decided::Nothing, t.epoch),
         TargetDurable::Prepared { epoch } => (Decided::Ready, epoch),
         TargetDurable::Running { epoch } | TargetDurable::Exited { epoch } => (Decided::Done, epoch),
         TargetDurable::Aborted { epoch } => (Decided::Over, epoch),

@@ -192,7 +192,7 @@ impl Engine {
             epoch: s.epoch,
             peer: s.peer,
             link: s.link,
-            pacing: umbra_api::order::Pacing::default(),
+            pacing: s.pacing,
             process: s.qemu.id,
             report: s.report,
         };

@@ -61,8 +61,8 @@ pub fn files(spec: &ShadowSpec) -> Result<(), Refusal> {
     }
 }
 
-/// Memory for the RAM files, on a filesystem that is memory.
-pub fn memory(spec: &ShadowSpec, ram_dir: &Path) -> Result<(), Refusal> {
+/// Memory for the RAM files, on a filesystem that is memory. `held` bytes of them are there already.
+pub fn memory(spec: &ShadowSpec, ram_dir: &Path, held: u64) -> Result<(), Refusal> {
     let local = |e: io::Error| Refusal::new(RefusalCode::Local, format!("ram_dir {}: {e}", ram_dir.display()));
     let fs = statfs(ram_dir).map_err(|e| local(e.into()))?;
     if !is_memory(fs.filesystem_type()) {
@@ -71,7 +71,8 @@ pub fn memory(spec: &ShadowSpec, ram_dir: &Path) -> Result<(), Refusal> {
             ram_dir.display()
         )));
     }
-    let need: u64 = spec.ram.iter().fold(0, |sum, r| sum.saturating_add(r.bytes));
+    let whole: u64 = spec.ram.iter().fold(0, |sum, r| sum.saturating_add(r.bytes));
+    let need = whole.saturating_sub(held);
     let free = fs
         .blocks_available()
         .saturating_mul(u64::try_from(fs.block_size()).unwrap_or(0));

@@ -8,6 +8,7 @@ use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::ShadowSpec;
 
 use super::{LaunchConfig, ShadowRecord, checks, command, disks};
+use crate::resume::held;
 
 /// Each lack is a refusal that names it.
 pub fn lacks(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId) -> Vec<Refusal> {
@@ -24,7 +25,10 @@ pub fn lacks(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId) -> Vec<Refusal> {
     for (n, nic) in spec.nics.iter().enumerate() {
         note(checks::bridge(n, nic, cfg).map(|_| ()));
     }
-    note(super::make_dir(&cfg.ram_dir).and_then(|()| checks::memory(spec, &cfg.ram_dir)));
+    note(
+        super::make_dir(&cfg.ram_dir)
+            .and_then(|()| checks::memory(spec, &cfg.ram_dir, held::bytes_of(&cfg.ram_dir, vm))),
+    );
     let record = ShadowRecord::plan(spec, cfg, vm, 0);
     note(disks::check(&record.disks, cfg));
     found

@@ -36,6 +36,7 @@ use umbra_api::wire::control::ShadowSpec;
 use crate::memory::group::MemoryGroup;
 use crate::proc::{self, ProcessId, Scope};
 use crate::qmp::{Client, QmpError, Version};
+use crate::resume::held;
 use crate::tap;
 use crate::tier::{Group, TierError, remove_group};
 use process::Started;
@@ -235,7 +236,7 @@ pub fn launch_on(
     checks::vhost(spec)?;
     let bridges = checks::bridges(spec, cfg)?;
     make_dir(&cfg.ram_dir)?;
-    checks::memory(spec, &cfg.ram_dir)?;
+    make_room(spec, cfg, vm)?;
     if fresh {
         disks::check(&record.disks, cfg)?;
     }
@@ -497,6 +498,28 @@ pub fn discard(record: &ShadowRecord, images: Images) -> Result<(), Refusal> {
         note(fs::remove_dir_all(&record.dir));
     }
     first.map_or(Ok(()), Err)
+}
+
+/// Discards a shadow that never ran, but keeps its RAM for the source to come back. The caller no longer writes it.
+pub fn hold(record: &ShadowRecord, images: Images) -> Result<(), Refusal> {
+    // Memory that a QEMU may still map, or that can't be put aside, goes the way of all else.
+    let held = end(record).and_then(|()| held::hold(record, crate::engine::unix_ms()));
+    if let Err(e) = held {
+        tracing::warn!(vm = %record.vm, "the shadow's memory is not kept: {e}");
+    }
+    discard(record, images)
+}
+
+/// Memory that is held for other VMs makes room, the oldest first.
+fn make_room(spec: &ShadowSpec, cfg: &LaunchConfig, vm: VmId) -> Result<(), Refusal> {
+    let own = held::bytes_of(&cfg.ram_dir, vm);
+    loop {
+        match checks::memory(spec, &cfg.ram_dir, own) {
+            Err(refusal) if !held::make_room(&cfg.ram_dir, vm) => return Err(refusal),
+            Err(_) => {}
+            Ok(()) => return Ok(()),
+        }
+    }
 }
 
 fn end(record: &ShadowRecord) -> io::Result<()> {

@@ -147,9 +147,22 @@ impl Window {
     /// For each page whether it is in RAM, as swap cache too.
     pub fn resident(&self, out: &mut Vec<bool>) -> io::Result<()> {
         out.clear();
-        let mut told = vec![0u8; LOOK_PAGES];
-        for at in (0..self.map.len()).step_by(LOOK_PAGES * PAGE_SIZE) {
-            let len = (self.map.len() - at).min(LOOK_PAGES * PAGE_SIZE);
+        self.look(0, self.map.len(), out)
+    }
+
+    /// The same for some of them.
+    pub fn resident_of(&self, run: Run) -> io::Result<Vec<bool>> {
+        let (at, len) = self.span(run)?;
+        let mut out = Vec::with_capacity(run.pages);
+        self.look(at, len, &mut out)?;
+        Ok(out)
+    }
+
+    fn look(&self, from: usize, len: usize, out: &mut Vec<bool>) -> io::Result<()> {
+        let end = from + len;
+        let mut told = vec![0u8; len.div_ceil(PAGE_SIZE).min(LOOK_PAGES)];
+        for at in (from..end).step_by(LOOK_PAGES * PAGE_SIZE) {
+            let len = (end - at).min(LOOK_PAGES * PAGE_SIZE);
             // SAFETY: the range lies inside of the mapping, and `told` has a byte for each of its pages.
             let looked = unsafe { libc::mincore(self.map.as_mut_ptr().add(at).cast(), len, told.as_mut_ptr()) };
             if looked != 0 {

@@ -56,14 +56,14 @@ impl Control {
     }
 
     /// Opens the ram connection of a session.
-    pub fn attach(to: &Target<'_>, times: Timeouts, session: u64) -> Result<FrameWriter<WriteHalf>, Refusal> {
+    pub fn attach(to: &Target<'_>, times: Timeouts, session: u64) -> Result<Link, Refusal> {
         let mut link = to.connect(Purpose::Ram, times)?;
-        link.set_timeouts(None, Some(times.silence))
+        link.set_timeouts(Some(times.silence), Some(times.silence))
             .map_err(|e| unreachable(&e))?;
         link.writer
             .send_message(&Message::Attach { session })
             .map_err(|e| unreachable(&e))?;
-        Ok(link.writer)
+        Ok(link)
     }
 
     /// Opens the connection of a disk.

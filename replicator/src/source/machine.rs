@@ -17,6 +17,7 @@
 //!  HandedOver, Resolving ── Fenced ──> TakingBack      an operator: the target's copy is proven never to run again
 //!  Orphaned ── Ask ──> Resolving                       an operator: the primary died undecided, the shadow is to run
 //!  any ── Yield(e) ──> Yielding ── Written: kill ──> Ended    this host was declared dead, and is back
+//!  Seeding, Standby ── lost, damaged, or its migration ended, and the copy was begun ──> Broken ── Again ──> Seeding
 //! ```
 //! Rules that every edge keeps: the epoch of a switchover is on disk before the guest may stop for it (`Noting`); the
 //! primary is given up on disk before QEMU is told so (SHUT(0) waits for `Written`); the commit is sent only when the
@@ -32,6 +33,10 @@ use umbra_api::replica::Phase;
 pub enum State {
     Seeding,
     Standby,
+    /// The copy broke off and the VM runs on here. A new pass begins by itself, for as long as that makes sense.
+    Broken {
+        error: Refusal,
+    },
     Noting {
         epoch: Epoch,
     },
@@ -75,8 +80,12 @@ pub enum State {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Input {
+    /// The target took the copy: from now on it is not given up at the first trouble.
+    Begun,
     /// The first full pass is in the shadow's RAM.
     Seeded,
+    /// It is time for the next attempt after a break.
+    Again,
     Switchover {
         epoch: Epoch,
     },
@@ -103,6 +112,10 @@ pub enum Input {
     LinkLost(String),
     /// QEMU ended the migration by itself, and the guest runs on.
     MigrationFailed(String),
+    /// Somebody else cancelled the migration, and nothing more: the VM is as it was, and the copy is wanted still.
+    Cancelled(String),
+    /// The shadow's memory is not what was sent.
+    Damaged(String),
     /// The primary's process is gone.
     PrimaryGone,
     /// The time for this switchover is up.
@@ -203,12 +216,18 @@ pub enum Action {
     Goodbye {
         reason: String,
     },
+    /// Close the connections without a word: the target keeps what it has for this source to come again.
+    HangUp,
+    /// Open a session and a migration anew.
+    Begin,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Machine {
     pub state: State,
     primary_gone: bool,
+    /// The target has taken the copy at least once.
+    begun: bool,
 }
 
 impl Machine {
@@ -216,6 +235,7 @@ impl Machine {
         Self {
             state: State::Seeding,
             primary_gone: false,
+            begun: false,
         }
     }
 
@@ -229,6 +249,11 @@ impl Machine {
             ))
         };
         let (state, actions) = match durable {
+            Durable::Protecting if !stopped && !gone => {
+                let why = "the source's replicator was restarted";
+                let error = Refusal::new(RefusalCode::Local, why);
+                (State::Broken { error }, Vec::new())
+            }
             Durable::Protecting => (ended(restarted()), vec![Action::Write(Durable::Released)]),
             Durable::Preparing { epoch } | Durable::Aborting { epoch } => (
                 ended(restarted()),
@@ -253,6 +278,7 @@ impl Machine {
             Self {
                 state,
                 primary_gone: gone,
+                begun: true,
             },
             actions,
         )
@@ -260,7 +286,7 @@ impl Machine {
 
     pub fn phase(&self) -> Phase {
         match &self.state {
-            State::Seeding => Phase::Seeding,
+            State::Seeding | State::Broken { .. } => Phase::Seeding,
             State::Standby => Phase::Standby,
             State::Noting { .. }
             | State::Stopping { .. }
@@ -300,8 +326,10 @@ impl Machine {
 
     /// An input that makes no sense in a state changes nothing: it was overtaken.
     pub fn apply(&mut self, input: Input) -> Vec<Action> {
-        if input == Input::PrimaryGone {
-            self.primary_gone = true;
+        match input {
+            Input::PrimaryGone => self.primary_gone = true,
+            Input::Begun => self.begun = true,
+            _ => {}
         }
         let (next, actions) = self.next(input);
         if let Some(state) = next {
@@ -323,6 +351,7 @@ impl Machine {
         }
         match &self.state {
             State::Seeding | State::Standby => self.copying(input),
+            State::Broken { .. } => Self::broken(input),
             State::Noting { epoch } => Self::noting(*epoch, input),
             State::Stopping { epoch } => self.stopping(*epoch, input),
             State::Relinquishing {
@@ -370,6 +399,33 @@ impl Machine {
                     Some(State::Ended { error: None }),
                     vec![goodbye, Action::Abandon, Action::Write(Durable::Released)],
                 )
+            }
+            other => {
+                let passes = self.begun
+                    && matches!(
+                        other,
+                        Input::LinkLost(_) | Input::MigrationFailed(_) | Input::Cancelled(_) | Input::Damaged(_)
+                    );
+                match why_over(other) {
+                    Some(error) if passes => (Some(State::Broken { error }), vec![Action::Abandon, Action::HangUp]),
+                    Some(error) => Self::end(error, None),
+                    None => (None, Vec::new()),
+                }
+            }
+        }
+    }
+
+    /// There is no session, and no migration. On disk it still is a copy, so that a restart goes on as well.
+    fn broken(input: Input) -> (Option<State>, Vec<Action>) {
+        match input {
+            Input::Again => (Some(State::Seeding), vec![Action::Begin]),
+            Input::Release => (
+                Some(State::Ended { error: None }),
+                vec![Action::Write(Durable::Released)],
+            ),
+            // What the old session still had to say changes nothing.
+            Input::LinkLost(_) | Input::MigrationFailed(_) | Input::Cancelled(_) | Input::Damaged(_) => {
+                (None, Vec::new())
             }
             other => match why_over(other) {
                 Some(error) => Self::end(error, None),
@@ -439,7 +495,9 @@ impl Machine {
             Input::Completed | Input::PrimaryGone => {
                 (Some(State::Committing { epoch }), vec![Action::Commit { epoch }])
             }
-            Input::MigrationFailed(why) | Input::Interfered(why) => Self::end(qemu_says(why), Some(epoch)),
+            Input::MigrationFailed(why) | Input::Cancelled(why) | Input::Interfered(why) => {
+                Self::end(qemu_says(why), Some(epoch))
+            }
             _ => (None, Vec::new()),
         }
     }
@@ -543,7 +601,8 @@ fn why_over(input: Input) -> Option<Refusal> {
         Input::Failed(r) => Some(r),
         Input::LinkLost(why) => Some(Refusal::new(RefusalCode::PeerUnreachable, why)),
         Input::MigrationFailed(why) => Some(qemu_says(why)),
-        Input::Interfered(what) => Some(Refusal::new(RefusalCode::Interfered, what)),
+        Input::Interfered(what) | Input::Cancelled(what) => Some(Refusal::new(RefusalCode::Interfered, what)),
+        Input::Damaged(why) => Some(Refusal::new(RefusalCode::PeerRefused, why)),
         Input::PrimaryGone => Some(Refusal::new(RefusalCode::NoSuchVm, "the VM's QEMU has exited")),
         Input::TimedOut => Some(Refusal::new(
             RefusalCode::PeerUnreachable,
@@ -630,6 +689,45 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_breaks_off_is_begun_anew_until_it_is_released() {
+        let breaks = [
+            Input::LinkLost("cut".into()),
+            Input::MigrationFailed("failed".into()),
+            Input::Cancelled("cancelled".into()),
+            Input::Damaged("page 7".into()),
+        ];
+        for fault in breaks {
+            let mut m = Machine::new();
+            assert!(
+                m.apply(fault.clone()).contains(&Action::Write(Durable::Released)),
+                "{fault:?}: never begun"
+            );
+            assert_eq!(m.phase(), Phase::Released);
+            for seeded in [false, true] {
+                let mut m = Machine::new();
+                m.apply(Input::Begun);
+                if seeded {
+                    m.apply(Input::Seeded);
+                }
+                assert_eq!(m.apply(fault.clone()), [Action::Abandon, Action::HangUp], "{fault:?}");
+                assert_eq!(m.phase(), Phase::Seeding);
+                assert_eq!(m.apply(Input::LinkLost("still".into())), [], "{fault:?}");
+                assert_eq!(m.apply(Input::Switchover { epoch: E }), [], "{fault:?}");
+                assert_eq!(m.apply(Input::Again), [Action::Begin]);
+                assert_eq!(
+                    m.apply(Input::LinkLost("again".into())),
+                    [Action::Abandon, Action::HangUp]
+                );
+                let mut other = m.clone();
+                assert_eq!(m.apply(Input::Release), [Action::Write(Durable::Released)]);
+                assert_eq!((m.phase(), m.is_over()), (Phase::Released, true));
+                other.apply(Input::PrimaryGone);
+                assert_eq!((other.phase(), other.is_over()), (Phase::Failed, true));
+            }
+        }
+    }
+
+    #[test]
     fn after_the_commit_only_a_durable_abort_brings_the_primary_back() {
         let mut m = standby();
         run(
@@ -688,6 +786,13 @@ mod tests {
 
     #[test]
     fn a_restart_follows_the_disk_and_the_primary() {
+        let (mut m, a) = Machine::resume(Durable::Protecting, false, false);
+        assert_eq!((m.phase(), a), (Phase::Seeding, vec![]));
+        assert_eq!(m.apply(Input::Again), [Action::Begin]);
+        for (stopped, gone) in [(true, false), (false, true)] {
+            let (m, a) = Machine::resume(Durable::Protecting, stopped, gone);
+            assert_eq!((m.is_over(), a), (true, vec![Action::Write(Durable::Released)]));
+        }
         let (m, a) = Machine::resume(Durable::Preparing { epoch: E }, false, false);
         assert_eq!(
             a,

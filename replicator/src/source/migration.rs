@@ -278,7 +278,7 @@ fn told(name: &str, data: &Value, unix_us: i64) -> Option<(Event, bool)> {
             status @ ("failed" | "cancelled") => Some((
                 Event::Input(match status {
                     "cancelled" => {
-                        Input::Interfered("the migration that copies the VM was cancelled by somebody else".into())
+                        Input::Cancelled("the migration that copies the VM was cancelled by somebody else".into())
                     }
                     _ => Input::MigrationFailed(format!("QEMU says that the migration {status}")),
                 }),

@@ -22,6 +22,8 @@ use crate::engine::Core;
 use crate::limits::Throttle;
 use crate::link::{FrameWriter, LinkError, WriteHalf};
 use crate::pacing::{Action, Pacer, Round, Settings};
+use crate::resume::known::Known;
+use crate::resume::scrub::Sent as Sums;
 use crate::stream::{self, Limits, Parser, StreamError, return_path};
 
 /// As much as is read at once. Larger than a socket's buffer, so that one read empties it.
@@ -48,6 +50,9 @@ pub struct Shared {
     pub wire_bytes: AtomicU64,
     /// How pages travelled.
     pub pages: Mutex<PageKinds>,
+    /// Pages of the first pass that travelled, zeros not counted, and those that the target had already.
+    pub sent_pages: AtomicU64,
+    pub skipped_pages: AtomicU64,
     /// The pump's thread.
     pub thread: AtomicI32,
     /// The guest stands still.
@@ -101,6 +106,7 @@ pub struct Pump {
     pub socket: UnixStream,
     pub ram: FrameWriter<WriteHalf>,
     pub encoding: encode::Settings,
+    pub known: Known,
     pub pacing: Pacing,
     pub costs: Costs,
     pub core: Arc<Core>,
@@ -128,6 +134,8 @@ impl Pump {
         let now = Instant::now();
         let mut out = Out {
             encoder: Encoder::new(self.encoding).map_err(PumpError::Pack)?,
+            known: Some(self.known),
+            sums: Sums::default(),
             ram: self.ram,
             pacer: Pacer::new(Settings::default(), now),
             governor: Governor::new(self.pacing, self.core.config.pacing.bounds(), self.costs, now),
@@ -158,6 +166,9 @@ impl Pump {
 /// Where the parsed stream goes.
 struct Out {
     encoder: Encoder,
+    /// Until the stream has told its blocks.
+    known: Option<Known>,
+    sums: Sums,
     ram: FrameWriter<WriteHalf>,
     pacer: Pacer,
     governor: Governor,
@@ -185,6 +196,10 @@ impl Out {
                 self.encoder.setup(setup);
                 self.pacer.setup(setup);
                 self.governor.setup(setup);
+                if let Some(known) = self.known.take() {
+                    known.give(setup, &mut self.encoder);
+                }
+                self.sums.begin(setup);
                 let _ = self.events.send(Event::Setup {
                     ram_bytes: setup.ram_bytes(),
                 });
@@ -208,6 +223,7 @@ impl Out {
     }
 
     fn page(&mut self, block: u16, page: u64, data: Option<&stream::Page>) -> Result<(), PumpError> {
+        self.sums.note(block, page, data);
         self.pacer.page(block, page);
         if self.pacer.round().number > 0 {
             self.governor.page(block, page);
@@ -240,6 +256,9 @@ impl Out {
             }
             Action::RoundDone(round) => {
                 self.end_round(round)?;
+                if round.number == 0 {
+                    self.count_pass();
+                }
                 let time = self.governor.ended(&round, self.sent()?, Instant::now());
                 self.rest = self.pacer.pause(time);
                 self.tell(Event::Round(round));
@@ -282,6 +301,21 @@ impl Out {
         })
     }
 
+    fn count_pass(&self) {
+        let stats = self.encoder.stats();
+        let sent = stats.pages() - stats.zero.pages - stats.same.pages;
+        self.shared.sent_pages.store(sent, Ordering::Relaxed);
+        self.shared.skipped_pages.store(stats.same.pages, Ordering::Relaxed);
+    }
+
+    /// Has the target look at some pages, in a rest.
+    fn scrub(&mut self) -> Result<(), PumpError> {
+        if let Some(sums) = self.sums.next(Instant::now()) {
+            self.ram.send(Kind::Sums, &sums.encode())?;
+        }
+        Ok(())
+    }
+
     fn count(&self) {
         self.shared.wire_bytes.store(self.ram.bytes(), Ordering::Relaxed);
         *self.shared.pages.lock().unwrap_or_else(PoisonError::into_inner) = self.encoder.stats();
@@ -299,6 +333,7 @@ impl Out {
         }
         if let Some(time) = self.rest.take() {
             if !self.shared.is_hurried() {
+                self.scrub()?;
                 self.shared.rest(time);
             }
             match self.shared.is_hurried() {

@@ -1,9 +1,11 @@
 //! Drives one protection on the source: turns what happens into the machine's inputs, and carries out its actions.
 //!
-//! [`open`] begins, here it runs, [`pace`] keeps to its pacing, [`disks`] is what comes of its private disks, and [`undecided`] asks
-//! until it is answered.
+//! [`open`] begins, here it runs, [`pace`] keeps to its pacing, [`disks`] is what comes of its private disks, [`interfere`] what others do
+//! to the VM meanwhile, [`again`] goes on after a break, and [`undecided`] asks until it is answered.
 
+mod again;
 mod disks;
+mod interfere;
 mod open;
 mod pace;
 mod undecided;
@@ -14,12 +16,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use umbra_api::order::{Pacing, Refusal, RefusalCode};
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role, SwitchoverReport};
 use umbra_api::wire::control::{Message, ShadowSpec};
 use umbra_api::{Epoch, HostId, VmId};
 
+use self::again::Again;
 use self::undecided::{Abort, Retries};
 use super::control::{Control, Target, Timeouts};
 use super::machine::{Action, Durable, Input, Machine, State};
@@ -45,6 +47,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub enum Event {
     Input(Input),
+    /// The replicator ends: what goes on after its restart is left as it is.
+    Stop,
     Setup {
         ram_bytes: u64,
     },
@@ -118,6 +122,7 @@ pub struct Session {
     /// The first full pass is in the shadow's RAM.
     seeded: bool,
     pump: Arc<Shared>,
+    again: Again,
     control: Option<Control>,
     generation: u64,
     progress: Progress,
@@ -195,6 +200,7 @@ impl Session {
             waits: false,
             seeded: false,
             pump: Arc::default(),
+            again: Again::default(),
             control: None,
             generation: 0,
             progress: Progress::default(),
@@ -262,12 +268,13 @@ impl Session {
     }
 
     fn is_done(&self) -> bool {
-        self.machine.is_over() && self.retries.abort.is_none()
+        self.is_left() || self.machine.is_over() && self.retries.abort.is_none()
     }
 
     fn event(&mut self, event: Event) {
         match event {
             Event::Input(input) => self.fate(input),
+            Event::Stop => self.stop_here(),
             Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
             Event::Round(round) => self.round(round),
             Event::NotConverging(round) => self.not_converging(round),
@@ -292,6 +299,12 @@ impl Session {
                         self.ask_disks();
                         self.maybe_seeded();
                     }
+                    // Over a link that was lost a mirror can wait; one that failed by itself has the disk copied anew.
+                    Err(refusal) if self.is_copying() => self.input(match refusal.code {
+                        RefusalCode::PeerUnreachable => Input::LinkLost(refusal.detail),
+                        RefusalCode::Local => Input::MigrationFailed(refusal.detail),
+                        _ => Input::Failed(refusal),
+                    }),
                     Err(refusal) => self.input(Input::Failed(refusal)),
                 }
             }
@@ -309,34 +322,10 @@ impl Session {
         }
     }
 
-    /// QEMU goes through with a migration whose guest is stopped, acknowledged or not: the copy ends, and the guest stays as
-    /// whoever stopped it wants it.
-    fn unasked_stop(&mut self) {
-        if !matches!(
-            self.machine.state,
-            State::Seeding | State::Standby | State::Noting { .. }
-        ) {
-            return;
-        }
-        let status = self.qmp.as_ref().map(|q| q.execute("query-status", Value::Null));
-        let status = match status {
-            Some(Ok(s)) => s["status"].as_str().unwrap_or("unknown").to_owned(),
-            _ => "unknown".to_owned(),
-        };
-        self.interfered(format!("the guest was stopped by somebody else (QEMU says {status})"));
-    }
-
-    fn interfered(&mut self, what: String) {
-        match self.machine.state {
-            State::Seeding | State::Standby | State::Noting { .. } => self.input(Input::Interfered(what)),
-            // The guest stands still already, or what was done to it was done by us.
-            _ => tracing::warn!(vm = %self.plan.vm, "while switching over: {what}"),
-        }
-    }
-
     /// Warm is a shadow that has both, memory and disks.
     fn maybe_seeded(&mut self) {
         if self.seeded && self.mirrors.as_ref().is_none_or(Mirrors::are_ready) && self.machine.state == State::Seeding {
+            self.warm(Instant::now());
             self.input(Input::Seeded);
         }
     }
@@ -350,6 +339,10 @@ impl Session {
                 return self.input(Input::MigrationFailed(why.into()));
             }
             Input::Streamed => self.times.streamed = Some(Instant::now()),
+            // A copy is begun anew only of a VM that is there.
+            Input::MigrationFailed(_) if self.is_copying() && self.plan.process.gone_soon() => {
+                return self.input(Input::PrimaryGone);
+            }
             Input::MigrationFailed(_) if self.is_primary_gone() => self.input(Input::PrimaryGone),
             _ => {}
         }
@@ -366,17 +359,6 @@ impl Session {
             let (carriers, workers) = workers.unwrap_or_default();
             let own = migration.threads().iter().copied().chain([pump]);
             self.urgent = Some(Urgent::new(own.chain(carriers).chain(workers)));
-        }
-    }
-
-    fn is_primary_gone(&self) -> bool {
-        self.qmp.as_ref().is_none_or(Client::is_closed) && self.plan.process.gone_soon()
-    }
-
-    fn qmp_closed(&mut self) {
-        match self.plan.process.gone_soon() {
-            true => self.input(Input::PrimaryGone),
-            false => self.input(Input::MigrationFailed("QEMU closed its QMP connection".into())),
         }
     }
 
@@ -408,6 +390,7 @@ impl Session {
                 self.input(Input::Aborted { epoch });
             }
             Message::Refused { refusal } => self.input(Input::Refused(refusal)),
+            Message::Differs { pages, block, first } => self.damaged(pages, &block, first),
             Message::Goodbye { reason } => self.input(Input::LinkLost(format!("the target says goodbye: {reason}"))),
             other => self.input(Input::LinkLost(format!(
                 "the target said {other:?}, which makes no sense here"
@@ -417,7 +400,7 @@ impl Session {
     }
 
     fn conclude(&mut self, resumed: Resumed) {
-        let wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);
+        let wire_bytes = self.wire_bytes();
         self.report = self
             .times
             .conclude(resumed, self.report, wire_bytes, Instant::now(), unix_ms());
@@ -495,6 +478,11 @@ impl Session {
                 None
             }
             Action::Goodbye { reason } => self.say(&Message::Goodbye { reason }).and(None),
+            Action::HangUp => {
+                self.hang_up();
+                None
+            }
+            Action::Begin => self.begin_again(),
         }
     }
 
@@ -538,6 +526,7 @@ impl Session {
         if self.machine.state == State::Seeding {
             self.ask_syncs();
         }
+        self.mend(now);
         if self.give_up_at.is_some_and(|t| t <= now) {
             self.give_up_at = None;
             let input = self.timed_out();
@@ -575,9 +564,12 @@ impl Session {
         }
         let (report, phase) = (self.report, self.machine.phase());
         self.progress.seeded_bytes = self.pump.seeded_bytes.load(Ordering::Relaxed);
-        self.progress.wire_bytes = self.pump.wire_bytes.load(Ordering::Relaxed);
+        self.progress.wire_bytes = self.wire_bytes();
         self.progress.pages = *self.pump.pages.lock().unwrap_or_else(PoisonError::into_inner);
         self.note_figures();
+        let resume = &mut self.progress.resume;
+        resume.sent_pages = self.pump.sent_pages.load(Ordering::Relaxed);
+        resume.skipped_pages = self.pump.skipped_pages.load(Ordering::Relaxed);
         self.progress.lag_ms = self.last_round.map_or(0, |t| t.elapsed().as_millis() as u64);
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.progress = self.progress;
@@ -593,6 +585,8 @@ impl Session {
                 status.error = None;
             }
             State::TakingBack { epoch } | State::Yielding { epoch } => status.epoch = status.epoch.max(*epoch),
+            State::Broken { error } => status.error = Some(error.clone()),
+            State::Standby => status.error = None,
             State::Ended { .. } | State::Orphaned { .. } => status.error = self.machine.error(),
             _ => {}
         }

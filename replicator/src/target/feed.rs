@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,16 +16,20 @@ use nix::unistd::gettid;
 use umbra_api::HostId;
 use umbra_api::wire::WireError;
 use umbra_api::wire::frame::{Kind, RoundEnd};
+use umbra_api::wire::hashes::Sums;
 use umbra_api::wire::setup::StreamSetup;
 
+use super::gate::Gate;
 use super::handover::HandOver;
 use super::machine::Input;
-use super::session::{Event, gone_soon};
+use super::session::{Differing, Event, gone_soon};
 use crate::encode::{ApplyError, Decoder};
 use crate::launch::ShadowRecord;
-use crate::link::{FrameReader, LinkError, ReadHalf};
+use crate::link::{FrameReader, FrameWriter, Link, LinkError, ReadHalf, WriteHalf};
 use crate::qmp::{Client, Mark, QmpError};
 use crate::ram::{RamError, RamFile, ShadowRam};
+use crate::resume::fill::{self, FillError};
+use crate::resume::scrub::compare;
 use crate::stream::StreamError;
 use crate::synth::Synth;
 
@@ -69,6 +74,15 @@ impl From<RamError> for FeedError {
     }
 }
 
+impl From<FillError> for FeedError {
+    fn from(e: FillError) -> Self {
+        match e {
+            FillError::Ram(e) => e.into(),
+            FillError::Link(e) => e.into(),
+        }
+    }
+}
+
 impl From<WireError> for FeedError {
     fn from(e: WireError) -> Self {
         Self::Setup(e.to_string())
@@ -94,21 +108,30 @@ pub struct Feed {
     pub events: Sender<Event>,
     pub record: ShadowRecord,
     pub disks: HandOver,
+    pub gate: Arc<Gate>,
 }
 
 impl Feed {
     /// Runs until the shadow has loaded, or the connection ends.
-    pub fn run(self, mut reader: FrameReader<ReadHalf>) {
+    pub fn run(self, link: Link) {
         let events = self.events.clone();
         // As with all that is told below: nobody may be there to hear it.
         let _ = events.send(Event::Feeds {
             thread: gettid().as_raw(),
         });
         let (qmp, mark, disks) = (self.qmp.clone(), self.mark, self.disks.clone());
+        let Link {
+            mut reader, mut writer, ..
+        } = link;
+        let Some(inside) = reader.get_ref().closer().ok().and_then(|c| self.gate.enter(c)) else {
+            return;
+        };
         let mut intake = Intake {
             feed: self,
+            files: Vec::new(),
             decoder: None,
             shadow: None,
+            names: Vec::new(),
             seeded: false,
             finished: false,
         };
@@ -116,17 +139,22 @@ impl Feed {
             // The driver may be gone: then the session is over, and nobody needs to know.
             let _ = events.send(Event::Input(input));
         };
+        let mut taken = intake.open(&mut writer);
         loop {
-            match intake.frame(&mut reader) {
-                Ok(false) => {}
+            match taken {
+                Ok(false) => taken = intake.frame(&mut reader),
                 Ok(true) => break,
                 // Its pages can't be written, or it takes no more of its stream: not the link's fault.
                 Err(FeedError::Apply(_) | FeedError::Ram(_) | FeedError::Qemu(_)) if gone_soon(&intake.feed.record) => {
                     return tell(Input::ShadowGone);
                 }
-                Err(e) => return tell(Input::LinkLost(format!("ram connection: {e}"))),
+                Err(e) => {
+                    let _ = events.send(Event::RamLost(format!("ram connection: {e}")));
+                    return;
+                }
             }
         }
+        drop(inside);
         let streamed = Instant::now();
         tell(Input::Streamed);
         // Its disks as well: 'prepared' means that nothing can fail any more.
@@ -157,14 +185,35 @@ fn unmap_later(mut intake: Intake, qmp: &Client, mark: Mark) {
 
 struct Intake {
     feed: Feed,
+    /// RAM block and its pages, until the stream has told its blocks.
+    files: Vec<(String, RamFile)>,
     decoder: Option<Decoder>,
     shadow: Option<(ShadowRam, Synth)>,
+    /// Of the RAM blocks, by number.
+    names: Vec<String>,
     seeded: bool,
     /// The end of RAM was fed: only device state may follow.
     finished: bool,
 }
 
 impl Intake {
+    /// Gives the shadow what is held of an earlier copy, and tells the source.
+    fn open(&mut self, source: &mut FrameWriter<WriteHalf>) -> Result<bool, FeedError> {
+        for (name, path) in &self.feed.files {
+            let file = match self.feed.record.process {
+                Some(qemu) => RamFile::of_shadow(path, qemu)?,
+                None => RamFile::open_or_create(path, 0)?,
+            };
+            self.files.push((name.clone(), file));
+        }
+        let vm = self.feed.record.vm;
+        let pages = fill::fill(vm, &mut self.files, source)?;
+        if pages > 0 {
+            tracing::info!(%vm, pages, "the shadow has what was held, and the source was told");
+        }
+        Ok(false)
+    }
+
     /// Takes one frame; true if it was the stream's last.
     fn frame(&mut self, reader: &mut FrameReader<ReadHalf>) -> Result<bool, FeedError> {
         let (kind, payload) = match reader.next() {
@@ -193,12 +242,13 @@ impl Intake {
                 decoder.apply(payload, ram)?;
             }
             Kind::RoundEnd => self.round_end(RoundEnd::decode(payload)?)?,
+            Kind::Sums => self.scrub(&Sums::decode(payload)?)?,
             Kind::DeviceState => {
                 self.finish()?;
                 self.write(payload)?;
             }
             Kind::StreamEnd if self.finished => return Ok(true),
-            Kind::StreamEnd | Kind::Control | Kind::Disk => {
+            Kind::StreamEnd | Kind::Control | Kind::Disk | Kind::Held => {
                 return Err(FeedError::Order {
                     kind,
                     when: "out of place",
@@ -216,21 +266,12 @@ impl Intake {
             });
         }
         let setup = StreamSetup::decode(payload)?;
-        let mut files = Vec::new();
-        for (name, path) in &self.feed.files {
-            let block = setup.blocks.iter().find(|b| b.name == *name);
-            let block = block.ok_or_else(|| FeedError::Setup(format!("the stream has no RAM block {name}")))?;
-            let file = match self.feed.record.process {
-                Some(qemu) => RamFile::of_shadow(path, block.bytes, qemu)?,
-                None => RamFile::open_or_create(path, block.bytes)?,
-            };
-            files.push((name.clone(), file));
-        }
-        let ram = ShadowRam::new(&setup, files)?;
+        let ram = ShadowRam::new(&setup, std::mem::take(&mut self.files))?;
         let synth = Synth::new(&setup)?;
         let files = ram.shared();
         self.decoder = Some(Decoder::new().map_err(|e| FeedError::Apply(e.to_string()))?);
         self.shadow = Some((ram, synth));
+        self.names = setup.blocks.iter().map(|b| b.name.clone()).collect();
         let _ = self.feed.events.send(Event::Setup {
             ram_bytes: setup.ram_bytes(),
         });
@@ -249,6 +290,24 @@ impl Intake {
             self.write(&preamble)?;
         }
         let _ = self.feed.events.send(Event::RoundEnd(end));
+        Ok(())
+    }
+
+    /// All that these pages were sent with is applied by now.
+    fn scrub(&mut self, sums: &Sums) -> Result<(), FeedError> {
+        let kind = Kind::Sums;
+        let (ram, _) = self.shadow.as_ref().ok_or(FeedError::Order {
+            kind,
+            when: "before the setup",
+        })?;
+        let looked = compare(ram, sums, || self.feed.gate.is_hurried())?;
+        let differing = looked.differing.first().map(|first| Differing {
+            block: self.names.get(usize::from(sums.block)).cloned().unwrap_or_default(),
+            pages: looked.differing.len() as u64,
+            first: *first,
+        });
+        let pages = looked.compared;
+        let _ = self.feed.events.send(Event::Scrubbed { pages, differing });
         Ok(())
     }
 

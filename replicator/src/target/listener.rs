@@ -15,6 +15,7 @@ use umbra_api::wire::control::Message;
 use super::session::{Event, Reply};
 use crate::engine::{Engine, Hello};
 use crate::link::{self, FrameReader, Identity, Link, LinkError, ReadHalf};
+use crate::resume::held::LOOK_EVERY;
 use crate::tunnel::{self, Carrier};
 
 /// A stranger that connects and says nothing is not waited for.
@@ -25,6 +26,14 @@ const STRANGERS_MAX: usize = 64;
 
 /// Accepts for as long as the daemon lives, a thread a connection.
 pub fn listen(engine: Arc<Engine>, listener: TcpListener) -> std::io::Result<()> {
+    let held = engine.clone();
+    let expire = move || {
+        loop {
+            held.expire_held();
+            std::thread::sleep(LOOK_EVERY);
+        }
+    };
+    std::thread::Builder::new().name("held".into()).spawn(expire)?;
     let accept = move || {
         let strangers = Arc::new(AtomicUsize::new(0));
         for stream in listener.incoming() {
@@ -199,7 +208,7 @@ fn ram(engine: &Arc<Engine>, link: Link, first: &Message) {
         return tracing::warn!(peer = link.peer(), "a ram connection can't open with {first:?}");
     };
     match engine.take_feed(*session, &link.identity) {
-        Ok(feed) => feed.run(link.reader),
+        Ok(feed) => feed.run(link),
         Err(why) => tracing::warn!(peer = link.peer(), session, "ram connection refused: {why}"),
     }
 }

@@ -11,6 +11,10 @@
 //! ```
 //! `Fence(e)` from the source takes the way of an abort, from a prepared shadow too; from `Running` only if this host was
 //! declared dead by an operator, and then the running copy is killed (`Fencing`), since the source has the VM.
+//!
+//! A shadow that was undecided when its source was lost is discarded but for its RAM (`Held` on disk): the source may come again in the same epoch, with
+//! a new session and a new shadow.
+//!
 //! Rules: 'prepared' is on disk before it is said (it is written while QEMU loads, to keep the disk out of the stopped
 //! time: after a restart it counts only if QEMU says that it has loaded); a prepared shadow neither runs nor goes away by
 //! itself, it waits for its source's word; 'aborted' is on disk before it is said, and then the shadow never runs under
@@ -117,6 +121,8 @@ pub enum Durable {
     Exited {
         epoch: Epoch,
     },
+    /// Its source was lost before anything was decided, and may come again in this epoch.
+    Held,
     Discarded,
 }
 
@@ -129,7 +135,7 @@ impl Durable {
             | Self::Aborted { epoch }
             | Self::Fenced { epoch }
             | Self::Exited { epoch } => Some(epoch),
-            Self::Admitted | Self::Shadow | Self::Discarded => None,
+            Self::Admitted | Self::Shadow | Self::Held | Self::Discarded => None,
         }
     }
 }
@@ -164,6 +170,8 @@ pub enum Action {
     Discard,
     /// End a copy that runs. Its images are kept.
     Kill,
+    /// The same, but keep its RAM for the source to come again.
+    Hold,
 }
 
 const FENCED: &str = "this host was declared dead, and the VM was given to the other one: the copy here was ended";
@@ -190,9 +198,9 @@ impl Machine {
         };
         let (state, actions) = match (durable, shadow) {
             (Durable::Admitted | Durable::Discarded, _) => (State::Discarded { error: None }, Vec::new()),
-            (Durable::Shadow, _) => (
+            (Durable::Shadow | Durable::Held, _) => (
                 gone("the target's replicator was restarted"),
-                vec![Action::Write(Durable::Discarded), Action::Discard],
+                vec![Action::Write(Durable::Held), Action::Hold],
             ),
             (Durable::Prepared { epoch }, Shadow::Loaded) => (State::Prepared { epoch }, Vec::new()),
             // The commit came, and the restart was faster than the record of it.
@@ -474,7 +482,12 @@ impl Machine {
     /// Before 'prepared' is on disk, all that ends the session discards the shadow: the primary runs.
     fn undecided(input: Input) -> (Option<State>, Vec<Action>) {
         match input {
-            Input::LinkLost(why) => Self::discard(Some(Refusal::new(RefusalCode::PeerUnreachable, why))),
+            Input::LinkLost(why) => (
+                Some(State::Discarded {
+                    error: Some(Refusal::new(RefusalCode::PeerUnreachable, why)),
+                }),
+                vec![Action::Write(Durable::Held), Action::Hold],
+            ),
             Input::Goodbye(why) => match why.as_str() {
                 "released" => Self::discard(None),
                 _ => Self::discard(Some(Refusal::new(RefusalCode::PeerRefused, why))),
@@ -558,10 +571,17 @@ mod tests {
         let way = [Input::Seeded, Input::Prepare { epoch: E }];
         for n in 0..=way.len() {
             let (mut m, _) = at(&way[..n]);
-            assert!(
-                m.apply(Input::LinkLost("cut".into())).contains(&Action::Discard),
-                "after {n}"
-            );
+            let a = m.apply(Input::LinkLost("cut".into()));
+            assert_eq!(a, [Action::Write(Durable::Held), Action::Hold], "after {n}");
+            assert_eq!(m.phase(), Phase::Released);
+            // What was held for this protection is not held against a later word.
+            let a = m.apply(Input::Resolve { epoch: E });
+            assert!(a.contains(&Action::Write(Durable::Aborted { epoch: E })), "after {n}");
+        }
+        for goodbye in ["released", "the VM's QEMU has exited"] {
+            let (mut m, _) = at(&way[..1]);
+            let a = m.apply(Input::Goodbye(goodbye.into()));
+            assert_eq!(a, [Action::Write(Durable::Discarded), Action::Discard], "{goodbye}");
         }
         let mut m = prepared();
         assert_eq!(m.apply(Input::LinkLost("cut".into())), []);
@@ -689,8 +709,10 @@ mod tests {
     #[test]
     fn a_restart_discards_what_was_undecided_and_believes_qemu_about_the_rest() {
         let resume = |durable, shadow| Machine::resume(durable, Epoch(6), shadow);
-        let (_, a) = resume(Durable::Shadow, Shadow::Waits);
-        assert_eq!(a, [Action::Write(Durable::Discarded), Action::Discard]);
+        for durable in [Durable::Shadow, Durable::Held] {
+            let (_, a) = resume(durable, Shadow::Waits);
+            assert_eq!(a, [Action::Write(Durable::Held), Action::Hold]);
+        }
         let (m, a) = resume(Durable::Prepared { epoch: E }, Shadow::Loaded);
         assert_eq!((m.phase(), a), (Phase::Prepared, vec![]));
         let (m, a) = resume(Durable::Prepared { epoch: E }, Shadow::Runs);

@@ -1,9 +1,10 @@
 //! The side on which a shadow waits: starts it, keeps its RAM warm, and makes it the VM when the source says so.
 //!
-//! [`machine`] decides, [`session`] drives it, [`feed`] takes the ram connection's frames, [`handover`] gives the shadow its
-//! disks, [`tiers`] bounds what it costs, [`listener`] is the door.
+//! [`machine`] decides, [`session`] drives it, [`feed`] takes the ram connection's frames ([`gate`] tells when it no longer does),
+//! [`handover`] gives the shadow its disks, [`tiers`] bounds what it costs, [`listener`] is the door.
 
 pub mod feed;
+pub mod gate;
 pub mod handover;
 pub mod listener;
 pub mod machine;

@@ -1,4 +1,8 @@
 //! Drives one shadow on the target: turns what happens into the machine's inputs, and carries out its actions.
+//!
+//! Here it runs, [`leave`] is what is left of it.
+
+mod leave;
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -12,12 +16,13 @@ use umbra_api::wire::control::Message;
 use umbra_api::wire::frame::RoundEnd;
 use umbra_api::{Epoch, HostId, VmId};
 
+use super::gate::Gate;
 use super::handover::{HandOver, Syncer};
 use super::machine::{self, Action, Durable, Input, Machine, State};
 use super::tiers::Tiers;
 use crate::engine::{Core, unix_ms};
 use crate::faults::{self, Side};
-use crate::launch::{self, Images, Shadow, ShadowRecord};
+use crate::launch::{Shadow, ShadowRecord};
 use crate::link::{FrameWriter, WriteHalf};
 use crate::memory::pages::Pages;
 use crate::proc::ProcessId;
@@ -26,6 +31,8 @@ use crate::urgent::{self, Urgent};
 
 const TICK: Duration = Duration::from_secs(1);
 const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+/// A source whose ram connection ends says on the other one whether it was meant, and whether it comes again.
+const LAST_WORD: Duration = Duration::from_secs(3);
 
 #[derive(Debug)]
 pub enum Event {
@@ -40,6 +47,13 @@ pub enum Event {
     /// The files of the shadow's RAM, which are written from now on.
     Memory(Vec<Arc<Pages>>),
     RoundEnd(RoundEnd),
+    /// The ram connection has ended.
+    RamLost(String),
+    /// Pages were compared with what the source sent.
+    Scrubbed {
+        pages: u64,
+        differing: Option<Differing>,
+    },
     Loaded {
         load_us: u64,
     },
@@ -62,6 +76,14 @@ pub enum Event {
     LetGo(Sender<()>),
     /// The VM went on to another host: stop watching it, and touch nothing.
     Leave,
+}
+
+/// Pages of a RAM block that are not what the source sent.
+#[derive(Debug)]
+pub struct Differing {
+    pub block: String,
+    pub pages: u64,
+    pub first: u64,
 }
 
 /// The writing half of a control connection.
@@ -137,11 +159,20 @@ pub struct Session {
     /// Of the events behind the first `cont`.
     cont: Option<Mark>,
     progress: Progress,
+    /// Through which its RAM is written.
+    gate: Arc<Gate>,
+    ram_lost: Option<(String, Instant)>,
 }
 
 impl Session {
     /// A new shadow, which waits for its pages.
-    pub fn start(core: Arc<Core>, plan: Plan, shadow: &Shadow, control: Reply) -> std::io::Result<Handle> {
+    pub fn start(
+        core: Arc<Core>,
+        plan: Plan,
+        shadow: &Shadow,
+        control: Reply,
+        gate: Arc<Gate>,
+    ) -> std::io::Result<Handle> {
         let machine = Machine::new(plan.epoch);
         Self::spawn(
             core,
@@ -149,7 +180,7 @@ impl Session {
             (machine, Vec::new()),
             shadow.record.clone(),
             Some(shadow.qmp.clone()),
-            Some(control),
+            (Some(control), gate),
             (false, false),
         )
     }
@@ -175,8 +206,8 @@ impl Session {
             _ => false,
         };
         // The disk tells of a handed over image only with 'prepared'.
-        let decided = durable != Durable::Shadow;
-        Self::spawn(core, plan, begin, record, qmp, None, (ran, decided))
+        let decided = !matches!(durable, Durable::Shadow | Durable::Held);
+        Self::spawn(core, plan, begin, record, qmp, (None, Arc::default()), (ran, decided))
     }
 
     fn spawn(
@@ -185,7 +216,7 @@ impl Session {
         (machine, actions): (Machine, Vec<Action>),
         record: ShadowRecord,
         qmp: Option<Client>,
-        control: Option<Reply>,
+        (control, gate): (Option<Reply>, Arc<Gate>),
         (ran, decided): (bool, bool),
     ) -> std::io::Result<Handle> {
         let (sender, events) = channel();
@@ -235,6 +266,8 @@ impl Session {
             ran,
             cont: None,
             progress: Progress::default(),
+            gate,
+            ram_lost: None,
         };
         let status = session.status.clone();
         let run = move || {
@@ -258,6 +291,12 @@ impl Session {
                 Err(RecvTimeoutError::Timeout) => self.look(),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
+            let waited = |(_, since): &(String, Instant)| self.control.is_none() || since.elapsed() >= LAST_WORD;
+            if self.ram_lost.as_ref().is_some_and(waited)
+                && let Some((why, _)) = self.ram_lost.take()
+            {
+                self.input(Input::LinkLost(why));
+            }
         }
     }
 
@@ -277,6 +316,7 @@ impl Session {
             Event::Feeds { thread } => self.feeder = Some(thread),
             Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
             Event::Memory(files) => self.tiers.keep(files, self.status.clone()),
+            Event::RamLost(why) => self.ram_lost = Some((why, Instant::now())),
             Event::RoundEnd(end) => {
                 self.progress.rounds = end.round;
                 self.progress.lag_pages = end.pages;
@@ -288,6 +328,7 @@ impl Session {
                 }
                 self.publish();
             }
+            Event::Scrubbed { pages, differing } => self.scrubbed(pages, differing),
             Event::Loaded { load_us } => {
                 self.load_us = load_us;
                 self.input(Input::Loaded);
@@ -313,6 +354,16 @@ impl Session {
             }
             Event::Leave => self.left = true,
         }
+    }
+
+    fn scrubbed(&mut self, pages: u64, differing: Option<Differing>) {
+        self.progress.resume.scrubbed_pages += pages;
+        if let Some(Differing { block, pages, first }) = differing {
+            tracing::error!(vm = %self.plan.vm, block, pages, first, "scrub: the shadow's memory is not what was sent");
+            self.progress.resume.differing_pages += pages;
+            self.say(&Message::Differs { block, pages, first });
+        }
+        self.publish();
     }
 
     /// A guest that ran before its QEMU died is told so first: nobody may take it for one that never did.
@@ -344,6 +395,7 @@ impl Session {
                 if let Some(syncer) = &self.syncer {
                     syncer.now();
                 }
+                self.gate.hurry();
                 self.tiers.lift();
                 // Its main loop is what loads.
                 let main_loop = self.record.process.filter(|p| p.alive()).map(|p| p.pid);
@@ -420,6 +472,7 @@ impl Session {
                 self.ran = true;
                 self.discard();
             }
+            Action::Hold => self.hold(),
         }
         None
     }
@@ -487,50 +540,6 @@ impl Session {
         match self.tiers.set(tier, peak) {
             Ok(()) => self.status.lock().unwrap_or_else(PoisonError::into_inner).tier = Some(tier),
             Err(e) => tracing::warn!(vm = %self.plan.vm, ?tier, "tier: {e}"),
-        }
-    }
-
-    fn discard(&mut self) {
-        self.qmp = None;
-        self.tiers.end();
-        self.syncer = None;
-        let images = match self.ran {
-            true => Images::Keep,
-            false if self.comes_again() && self.keep() => Images::Noted,
-            false => Images::Remove,
-        };
-        match launch::discard(&self.record, images) {
-            Ok(()) => {
-                let forgotten = self.core.journal.update(self.plan.vm, |r| {
-                    if let Some(t) = r.target.as_mut() {
-                        t.shadow = None;
-                    }
-                });
-                if let Err(e) = forgotten {
-                    tracing::warn!(vm = %self.plan.vm, "journal: {e}");
-                }
-            }
-            Err(e) => tracing::error!(vm = %self.plan.vm, "the shadow is not cleaned up: {e}"),
-        }
-    }
-
-    /// Lost, not ended: the same source may want the same shadow again.
-    fn comes_again(&self) -> bool {
-        let lost = |r: &Refusal| matches!(r.code, RefusalCode::PeerUnreachable | RefusalCode::Local);
-        let error = matches!(&self.machine.state, State::Discarded { error: Some(e) } if lost(e));
-        error && self.undecided && !self.disks.has_begun() && !self.record.disks.is_empty()
-    }
-
-    fn keep(&self) -> bool {
-        match launch::kept::keep(&self.record, &self.plan.peer, &self.core.config.launch()) {
-            Ok(()) => {
-                tracing::info!(vm = %self.plan.vm, "the images are kept for a while");
-                true
-            }
-            Err(why) => {
-                tracing::warn!(vm = %self.plan.vm, "the images are not kept: {why}");
-                false
-            }
         }
     }
 

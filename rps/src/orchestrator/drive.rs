@@ -203,11 +203,28 @@ fn seeding(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) {
 
 fn holding(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) {
     match source_word(turn, host, shadow) {
-        Word::At(_) => {
-            ask_tier(turn, shadow);
-        }
+        Word::At(_) => match broken_too_long(turn, host) {
+            Some(failure) => turn.fail(failure),
+            None => {
+                ask_tier(turn, shadow);
+            }
+        },
         word => ended(turn, host, word),
     }
+}
+
+/// A copy that broke off is no loss as long as its source goes on about it.
+fn broken_too_long(turn: &Turn<'_>, host: &HostId) -> Option<Failure> {
+    let source = turn.present(host, Role::Source)?;
+    let since = source.progress.resume.broken_since?;
+    let limit_s = turn.timing.resume_timeout_s;
+    (turn.now.since(since.max(turn.started)) > ms(limit_s)).then(|| {
+        let why = source.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
+        Failure::Ended {
+            host: host.clone(),
+            words: format!("the copy broke off, and was not warm again within {limit_s} s{why}"),
+        }
+    })
 }
 
 /// The replication ended by itself, or is not known any more.
@@ -248,6 +265,12 @@ fn switching(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) {
         return turn.fail(failure);
     }
     let begun = turn.last_order(host, epoch, OrderKind::Switchover.name()).is_some();
+    // A copy that broke off in this moment may be warm again before the time is up.
+    if !begun && matches!(word, Word::At(Phase::Provisioning | Phase::Seeding)) {
+        let limit_s = turn.timing.switch_timeout_s;
+        too_long(turn, limit_s);
+        return;
+    }
     if !begun && promoting(turn, shadow) {
         return;
     }

@@ -21,6 +21,8 @@ pub struct Timing {
     pub provision_timeout_s: u64,
     /// For the first copy.
     pub seed_timeout_s: u64,
+    /// A warm copy that broke off goes on by itself; one that is not warm again by then is given up, and another host may do.
+    pub resume_timeout_s: u64,
     /// From the switchover's order to its outcome.
     pub switch_timeout_s: u64,
     /// How long the switchover waits for the shadow's promotion, beyond the time that it was measured to take.
@@ -49,6 +51,7 @@ impl Default for Timing {
             order_timeout_s: 15,
             provision_timeout_s: 60,
             seed_timeout_s: 1_800,
+            resume_timeout_s: 300,
             switch_timeout_s: 30,
             promote_wait_ms: 1_000,
             lost_after_s: 10,
@@ -81,6 +84,7 @@ impl Timing {
             ("order_timeout_s", self.order_timeout_s),
             ("provision_timeout_s", self.provision_timeout_s),
             ("seed_timeout_s", self.seed_timeout_s),
+            ("resume_timeout_s", self.resume_timeout_s),
             ("switch_timeout_s", self.switch_timeout_s),
             ("lost_after_s", self.lost_after_s),
             ("retry_s", self.retry_s),

@@ -6,7 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_api::order::{Order, OrderKind, Refusal, RefusalCode};
-use umbra_api::replica::{Convergence, Phase, Progress, ReplicaStatus, Role, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{
+    Convergence, Phase, Progress, ReplicaStatus, Resumption, Role, ShadowMemory, SwitchoverReport,
+};
 use umbra_api::{Epoch, HostId, OrderId, UnixMs, VmId};
 
 /// Ticks that a first copy takes.
@@ -24,6 +26,8 @@ struct Replica {
     /// The switchover under way: its epoch, and its step.
     switching: Option<(Epoch, u8)>,
     ticks: u32,
+    /// The copy broke off, and its source goes on about it.
+    broken: Option<UnixMs>,
     report: Option<SwitchoverReport>,
     error: Option<Refusal>,
 }
@@ -37,6 +41,7 @@ impl Replica {
             phase,
             switching: None,
             ticks: 0,
+            broken: None,
             report: None,
             error: None,
         }
@@ -44,6 +49,7 @@ impl Replica {
 
     fn end(&mut self, code: RefusalCode, why: &str) {
         self.phase = Phase::Released;
+        self.broken = None;
         self.switching = None;
         self.error = Some(Refusal::new(code, why));
     }
@@ -170,6 +176,9 @@ impl Hosts {
                 continue;
             }
             let s = self.hosts[&h].source[&vm].clone();
+            if s.broken.is_some() {
+                continue;
+            }
             match (s.phase, s.switching) {
                 (Phase::Provisioning, _) => self.connect(&h, vm, &s),
                 (Phase::Seeding | Phase::Standby, _) if !self.fed(&s.peer, vm, s.epoch) => {
@@ -182,6 +191,23 @@ impl Hosts {
             }
         }
         self.discard();
+    }
+
+    /// The copy breaks off, and the shadow goes; the source tries again by itself.
+    pub fn break_copy(&mut self, h: &HostId, vm: VmId) {
+        let now = self.now;
+        let source = self.source(h, vm);
+        (source.phase, source.broken) = (Phase::Seeding, Some(now));
+        let peer = source.peer.clone();
+        self.target(&peer, vm).phase = Phase::Released;
+    }
+
+    /// The new pass is complete.
+    pub fn resume_copy(&mut self, h: &HostId, vm: VmId) {
+        let source = self.source(h, vm);
+        (source.phase, source.broken) = (Phase::Standby, None);
+        let peer = source.peer.clone();
+        self.target(&peer, vm).phase = Phase::Standby;
     }
 
     fn source(&mut self, h: &HostId, vm: VmId) -> &mut Replica {
@@ -412,6 +438,10 @@ fn status(vm: VmId, role: Role, r: &Replica) -> ReplicaStatus {
         memory: None,
         progress: Progress {
             ram_bytes: 256 << 20,
+            resume: Resumption {
+                broken_since: r.broken,
+                ..Resumption::default()
+            },
             ..Progress::default()
         },
         report: r.report,

@@ -71,6 +71,7 @@ pub fn timing() -> Timing {
         order_timeout_s: 5,
         provision_timeout_s: 20,
         seed_timeout_s: 60,
+        resume_timeout_s: 30,
         switch_timeout_s: 10,
         lost_after_s: 3,
         retry_s: 2,

@@ -245,7 +245,11 @@ impl Pair {
             // Where there is no replica, there is nothing to release.
             let _ = self.replicator(host)?.order(self.id(), epoch, OrderKind::Release)?;
         }
-        Ok(())
+        // One that is being begun anew hears of it when that attempt has ended.
+        wait_for("the copies to end", SETTLE, || {
+            let copies = |host: &Host| Replicator { host }.replicas().is_ok_and(|r| r.iter().any(copies));
+            Ok((!self.lab.hosts.iter().any(copies)).then_some(()))
+        })
     }
 
     /// kill -9.
@@ -434,6 +438,11 @@ fn protection(to: &str, link: String, pacing: Pacing) -> Result<OrderKind> {
         link,
         pacing,
     })
+}
+
+/// A source that is at it, or about to begin anew.
+fn copies(r: &ReplicaStatus) -> bool {
+    r.role == Role::Source && matches!(r.phase, Phase::Provisioning | Phase::Seeding | Phase::Standby)
 }
 
 /// A shadow that is still on record as waiting. Its QEMU may be gone by now.

@@ -48,8 +48,10 @@ impl Session {
     /// A lost link is not the end of a copy that went well: its mirrors wait for another one.
     pub(super) fn leave_mirrors(&mut self) {
         let Some(mut mirrors) = self.mirrors.take() else { return };
-        let lost =
-            matches!(&self.machine.state, State::Ended { error: Some(e) } if e.code == RefusalCode::PeerUnreachable);
+        let lost = match &self.machine.state {
+            State::Ended { error: Some(e) } | State::Broken { error: e } => e.code == RefusalCode::PeerUnreachable,
+            _ => false,
+        };
         match lost && self.waits {
             true => self.core.parked.note(self.plan.vm),
             false => mirrors.undo(),

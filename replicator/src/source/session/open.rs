@@ -18,18 +18,21 @@ use crate::urgent;
 
 impl Session {
     pub(super) fn begin(&mut self, spec: ShadowSpec) {
-        if let Err(refusal) = self.open(spec) {
-            tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
-            self.input(Input::Failed(refusal));
-        } else {
-            self.core.faults.after(Side::Source, "open");
-            self.publish();
+        match self.open(spec) {
+            Ok(()) => {
+                self.core.faults.after(Side::Source, "open");
+                self.input(Input::Begun);
+            }
+            Err(refusal) => {
+                tracing::warn!(vm = %self.plan.vm, "protection ends before it began: {refusal}");
+                self.input(Input::Failed(refusal));
+            }
         }
     }
 
     /// Hello, ram connection, mirrors, migration, in the order in which they can still be refused at no cost for the guest.
-    fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
-        let (plan, disks) = (&self.plan, spec.disks.clone());
+    pub(super) fn open(&mut self, spec: ShadowSpec) -> Result<(), Refusal> {
+        let (plan, disks, files) = (&self.plan, spec.disks.clone(), spec.ram.clone());
         let qmp = self
             .qmp
             .clone()
@@ -51,8 +54,10 @@ impl Session {
             self.generation,
             self.sender.clone(),
         )?);
-        let ram = Control::attach(&self.target(), self.times(), session)?;
+        let mut ram = Control::attach(&self.target(), self.times(), session)?;
+        let known = self.what_is_held(&mut ram, &files)?;
         let resumed = waiting.filter(|_| resumed);
+        let plan = &self.plan;
         let way = Way {
             dir: &self.core.config.run_dir,
             qemu: plan.process,
@@ -74,7 +79,8 @@ impl Session {
         self.migration = Some(migration);
         let pump = Pump {
             socket,
-            ram,
+            ram: ram.writer,
+            known,
             encoding: self.core.config.link.encoding(),
             pacing: plan.pacing,
             costs,
@@ -82,10 +88,11 @@ impl Session {
             shared: self.pump.clone(),
             events: self.sender.clone(),
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("pump".into())
             .spawn(move || pump.run())
             .map_err(|e| Refusal::new(RefusalCode::Local, format!("no thread for the pages: {e}")))?;
+        self.again.pumps(thread);
         self.started = Instant::now();
         Ok(())
     }

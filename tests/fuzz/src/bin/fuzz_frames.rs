@@ -6,10 +6,12 @@ use std::cell::RefCell;
 use libfuzzer_sys::fuzz_target;
 use umbra_api::wire::control::Message;
 use umbra_api::wire::frame::{Kind, RoundEnd};
+use umbra_api::wire::hashes::{Held, Sums};
 use umbra_api::wire::setup::{Block, StreamSetup};
 use umbra_replicator::encode::Decoder;
 use umbra_replicator::link::{FrameReader, FrameWriter, read_preamble};
 use umbra_replicator::ram::ShadowRam;
+use umbra_replicator::resume::scrub::compare;
 use umbra_replicator::synth::Synth;
 
 const KINDS: [Kind; 6] = [
@@ -63,6 +65,17 @@ fn take(kind: Kind, payload: &[u8]) {
         Kind::RoundEnd => {
             if let Ok(r) = RoundEnd::decode(payload) {
                 assert_eq!(&r.encode()[..], payload);
+            }
+        }
+        Kind::Held => {
+            if let Ok(Some(held)) = Held::decode(payload) {
+                assert_eq!(held.encode(), payload);
+            }
+        }
+        Kind::Sums => {
+            if let Ok(sums) = Sums::decode(payload) {
+                assert_eq!(sums.encode(), payload);
+                TARGET.with_borrow(|t| t.as_ref().map(|(_, ram)| compare(ram, &sums, || false)));
             }
         }
         Kind::DeviceState | Kind::StreamEnd | Kind::Disk => {}
