@@ -32,6 +32,7 @@ const BENCHES: &[(&str, Runner)] = &[
     ("switchover", Runner::Lab(&[])),
     ("standby", Runner::Lab(&[])),
     ("tier", Runner::Lab(&[])),
+    ("reseed", Runner::Lab(&[])),
     ("agent", Runner::Lab(&["prometheus-process-exporter"])),
     ("wire", Runner::Lab(&["busybox-static", "sqlite3"])),
     ("seed", Runner::Lab(&[])),

@@ -3,12 +3,14 @@
 //!
 //! In reading order: [`rows`] (figures, table, JSON), [`probe`] (who asks the guest, in a process of its own), [`ours`] and
 //! [`stock`] (one hop of a VM each), [`switchover`], [`standby`] (what a waiting shadow costs), [`tier`] (and at
-//! tier 0), [`agent`], [`wire`] (what travels), [`seed`] (how fast the first copy is).
+//! tier 0), [`reseed`] (what travels again after a break), [`agent`], [`wire`] (what travels), [`seed`] (how fast the first
+//! copy is).
 
 pub mod agent;
 pub mod cpu;
 pub mod ours;
 pub mod probe;
+pub mod reseed;
 pub mod rows;
 pub mod seed;
 pub mod standby;
@@ -48,6 +50,7 @@ pub const BENCHES: &[(&str, Bench)] = &[
     ("switchover", switchover::run),
     ("standby", standby::run),
     ("tier", tier::run),
+    ("reseed", reseed::run),
     ("agent", agent::run),
     ("wire", wire::run),
     ("seed", seed::run),

@@ -23,6 +23,8 @@ enum Command {
     Standby(Run),
     /// What a shadow keeps in RAM at tier 0, and how fast it is back
     Tier(Run),
+    /// What travels again after a broken link, beside the first copy
+    Reseed(Run),
     /// What measuring costs, beside process-exporter
     Agent(Run),
     /// Bytes on the link, beside QEMU's own migration plain and with multifd and zstd
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Command::Switchover(r) => run("switchover", r),
         Command::Standby(r) => run("standby", r),
         Command::Tier(r) => run("tier", r),
+        Command::Reseed(r) => run("reseed", r),
         Command::Agent(r) => run("agent", r),
         Command::Wire(r) => run("wire", r),
         Command::Seed(r) => run("seed", r),
