@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -79,6 +80,8 @@ pub struct Engine {
     vms: Mutex<HashMap<VmId, Entry>>,
     /// Shadows whose ram connection has not come yet, by session.
     feeds: Mutex<HashMap<u64, Feed>>,
+    /// This replicator ends: no shadow is begun any more.
+    stopping: AtomicBool,
 }
 
 pub fn unix_ms() -> UnixMs {
@@ -111,6 +114,7 @@ impl Engine {
             core,
             vms: Mutex::default(),
             feeds: Mutex::default(),
+            stopping: AtomicBool::new(false),
         };
         for record in engine.core.journal.all() {
             engine.take_up(record)?;
@@ -593,6 +597,7 @@ impl Engine {
     /// Leaves every VM as it is: ends what is undecided, and waits for it. Blocking.
     pub fn stop(&self) {
         let mut vms = self.lock();
+        self.stopping.store(true, Ordering::Relaxed);
         let entries: Vec<Entry> = vms.drain().map(|(_, e)| e).collect();
         drop(vms);
         for e in &entries {

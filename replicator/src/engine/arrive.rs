@@ -1,15 +1,17 @@
 //! A source comes, or comes again after its copy broke off: what is left of its shadow makes way, and its memory waits.
 
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use umbra_api::order::Refusal;
+use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::ShadowSpec;
 use umbra_api::{Epoch, HostId, VmId};
 
-use super::{Engine, local, unix_ms, wrong_phase};
-use crate::journal::{TargetRecord, VmRecord};
+use super::{Engine, Entry, local, unix_ms, wrong_phase};
+use crate::journal::VmRecord;
 use crate::launch::{self, Images, kept};
 use crate::link::Identity;
 use crate::resume::held;
@@ -22,6 +24,8 @@ use crate::target::session::Reply;
 
 /// For the shadow of a source that comes again to go: its QEMU, and the intake of its pages.
 const MAKE_WAY_TIMEOUT: Duration = Duration::from_secs(15);
+/// A session that is in the way may have come since.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// A source's first message.
 pub struct Hello {
@@ -46,8 +50,7 @@ impl Engine {
     /// A source wants its shadow here.
     pub fn hello(&self, hello: Hello, control: Reply) -> Result<Welcome, Refusal> {
         let (vm, epoch) = (hello.vm, hello.epoch);
-        self.make_way(&hello);
-        let mut vms = self.lock();
+        let mut vms = self.make_way(&hello)?;
         let tier = match self.core.journal.get(vm) {
             Some(r) if expects(&r, &hello) => r.target.and_then(|t| t.tier),
             _ => {
@@ -63,7 +66,9 @@ impl Engine {
         let cfg = self.core.config.launch();
         let images = kept::claim(&cfg.disk_dir, vm, hello.resume, &hello.host, &hello.spec.disks);
         let resumed = images.is_some();
-        let mut shadow = launch::launch_on(&hello.spec, &cfg, vm, session, images)?;
+        let left: Vec<_> = images.iter().flat_map(|(_, images)| images.clone()).collect();
+        let launched = launch::launch_on(&hello.spec, &cfg, vm, session, images);
+        let mut shadow = launched.inspect_err(|_| kept::remove(&left))?;
         for warning in &shadow.warnings {
             tracing::warn!(%vm, "{warning}");
         }
@@ -104,10 +109,11 @@ impl Engine {
                 disks,
                 gate,
             };
-            self.feeds
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(session, feed);
+            let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+            // Of an attempt that broke off before its ram connection came.
+            feeds.retain(|_, f| f.record.vm != vm);
+            feeds.insert(session, feed);
+            drop(feeds);
             if let Some((tier, peak)) = tier {
                 let _ = handle.events.send(target::session::Event::Tier { tier, peak });
             }
@@ -133,25 +139,44 @@ impl Engine {
         feeds.remove(&session).ok_or_else(|| "gone".to_owned())
     }
 
-    /// A source that comes again has noticed sooner than this side that the link was lost: what is undecided goes first.
-    fn make_way(&self, hello: &Hello) {
-        let mine = |t: &TargetRecord| t.peer == hello.host && t.epoch == hello.epoch;
-        let before = |r: VmRecord| {
-            let t = r.target.filter(mine)?;
-            (t.durable == Durable::Shadow || t.durable == Durable::Held && t.shadow.is_some()).then_some(())
-        };
-        let there = || self.core.journal.get(hello.vm).and_then(before).is_some();
-        if !there() {
-            return;
-        }
-        let Some(events) = self.target_of(hello.vm) else { return };
-        let why = "the source begins anew";
-        // Ignored by a shadow that is more than a copy: then it stays, and the source is refused.
-        let _ = events.send(target::session::Event::Input(Input::LinkLost(why.into())));
+    /// A source that comes again has noticed sooner than this side that the link was lost, or comes while another of its attempts is
+    /// still at it: what is undecided goes first. Until then it is as if nobody were here.
+    fn make_way(&self, hello: &Hello) -> Result<MutexGuard<'_, HashMap<VmId, Entry>>, Refusal> {
+        let not_yet = |why: &str| Err(Refusal::new(RefusalCode::PeerUnreachable, why));
         let deadline = Instant::now() + MAKE_WAY_TIMEOUT;
-        while there() && Instant::now() < deadline {
+        let mut told: Option<Instant> = None;
+        loop {
+            let vms = self.lock();
+            if self.stopping.load(Ordering::Relaxed) {
+                return not_yet("the target's replicator ends");
+            }
+            if !self.in_the_way(hello) {
+                return Ok(vms);
+            }
+            if Instant::now() >= deadline {
+                return not_yet("what is left of the shadow before is still in the way");
+            }
+            let session = vms.get(&hello.vm).and_then(|e| e.target.as_ref());
+            if told.is_none_or(|t| t.elapsed() >= TELL_EVERY)
+                && let Some(session) = session
+            {
+                told = Some(Instant::now());
+                let why = "the source begins anew";
+                // Ignored by a shadow that is more than a copy: then it stays, and the source is refused.
+                let _ = session
+                    .events
+                    .send(target::session::Event::Input(Input::LinkLost(why.into())));
+            }
+            drop(vms);
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Whether there is an undecided shadow for this source, or one whose memory is just being put aside.
+    fn in_the_way(&self, hello: &Hello) -> bool {
+        let target = self.core.journal.get(hello.vm).and_then(|r| r.target);
+        let mine = target.filter(|t| t.peer == hello.host && t.epoch == hello.epoch);
+        mine.is_some_and(|t| t.durable == Durable::Shadow || t.durable == Durable::Held && t.shadow.is_some())
     }
 
     /// Drops what sources did not come back for.

@@ -101,9 +101,11 @@ fn take(dir: &Path, vm: VmId, token: u64, peer: &HostId, wanted: &[Disk]) -> Opt
     fit.then_some(kept.images)
 }
 
-fn remove(images: &[Image]) {
+pub fn remove(images: &[Image]) {
     for image in images {
-        if let Err(e) = fs::remove_file(&image.path) {
+        if let Err(e) = fs::remove_file(&image.path)
+            && e.kind() != io::ErrorKind::NotFound
+        {
             tracing::warn!(image = %image.path.display(), "a kept image stays: {e}");
         }
     }

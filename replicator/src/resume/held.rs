@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -62,14 +63,24 @@ fn all(ram_dir: &Path) -> Vec<File> {
     entries.flatten().filter_map(|e| File::parse(e.path())).collect()
 }
 
-/// Keeps a shadow's RAM files under their own names. The caller has ended whoever writes or maps them. Older ones of the VM go.
+fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |m| m.blocks() * 512)
+}
+
+/// Keeps a shadow's RAM files under their own names. The caller has ended whoever writes or maps them. Of one that is held already
+/// the fuller stays; the other goes, or stays to be discarded.
 pub fn hold(record: &ShadowRecord, now: UnixMs) -> io::Result<()> {
     for (block, path) in &record.ram {
         let Some(dir) = path.parent() else { continue };
-        all(dir)
-            .iter()
+        let older: Vec<_> = all(dir)
+            .into_iter()
             .filter(|f| f.is_of(record.vm) && f.block == *block)
-            .for_each(File::remove);
+            .collect();
+        // A pass that broke off before it got far: either is true of itself, as hashes are of what is there.
+        if older.iter().any(|f| allocated(&f.path) > allocated(path)) {
+            continue;
+        }
+        older.iter().for_each(File::remove);
         let name = format!("{}-{}-{block}.{EXTENSION}", record.vm.0.simple(), now.0);
         match fs::rename(path, dir.join(name)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -91,11 +102,8 @@ pub fn of(vm: VmId, block: &str, bytes: u64, ram: &Path) -> Option<PathBuf> {
 
 /// Bytes that a VM's held files take up.
 pub fn bytes_of(ram_dir: &Path, vm: VmId) -> u64 {
-    use std::os::unix::fs::MetadataExt;
     let own = all(ram_dir).into_iter().filter(|f| f.is_of(vm));
-    own.filter_map(|f| fs::metadata(f.path).ok())
-        .map(|m| m.blocks() * 512)
-        .sum()
+    own.map(|f| allocated(&f.path)).sum()
 }
 
 /// The VM is not coming back here.
@@ -176,6 +184,19 @@ mod tests {
         assert_eq!(fs::read(held).unwrap(), b"memory");
         assert!(found(VM, "pc.ram", 7).is_none(), "of another size");
         assert!(names(dir).is_empty(), "and of no use");
+    }
+
+    #[test]
+    fn what_broke_off_at_once_replaces_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        hold(&record(dir, VM, 1), UnixMs(5000)).unwrap();
+        let empty = record(dir, VM, 2);
+        fs::write(&empty.ram[0].1, b"").unwrap();
+        hold(&empty, UnixMs(6000)).unwrap();
+        assert!(empty.ram[0].1.exists(), "for who discards the shadow");
+        let held = of(VM, "pc.ram", 6, &dir.join("new.ram")).unwrap();
+        assert_eq!(fs::read(held).unwrap(), b"memory");
     }
 
     #[test]

@@ -6,7 +6,7 @@ const FIRST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(15);
 /// The target keeps the memory a little longer: see [`super::held::HELD_FOR`].
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(15 * 60);
-/// A copy that was warm for so long has recovered: the next break is a new one.
+/// A pass that went on for so long has recovered: the next break is a new one.
 const CALM: Duration = Duration::from_secs(60);
 
 /// The attempts since a copy was last well.
@@ -14,19 +14,20 @@ const CALM: Duration = Duration::from_secs(60);
 pub struct Retry {
     since: Option<Instant>,
     wait: Duration,
-    warm: Option<Instant>,
+    /// Since when a pass goes on.
+    well: Option<Instant>,
 }
 
 impl Retry {
-    /// The shadow is warm again.
-    pub fn warm(&mut self, now: Instant) {
-        self.warm.get_or_insert(now);
+    /// A pass has begun, or the shadow is warm.
+    pub fn went_on(&mut self, now: Instant) {
+        self.well.get_or_insert(now);
     }
 
     /// The copy broke off, or an attempt failed: how long to wait for the next one. `None`: it has been too long.
     pub fn broke(&mut self, now: Instant) -> Option<Duration> {
         if self
-            .warm
+            .well
             .take()
             .is_some_and(|t| now.saturating_duration_since(t) >= CALM)
         {
@@ -59,18 +60,18 @@ mod tests {
     }
 
     #[test]
-    fn only_a_copy_that_stayed_warm_has_recovered() {
+    fn only_a_pass_that_went_on_has_recovered() {
         let (mut r, start) = (Retry::default(), Instant::now());
         let at = |s| start + Duration::from_secs(s);
         assert_eq!(r.broke(at(0)), Some(FIRST));
-        r.warm(at(1));
+        r.went_on(at(1));
         assert_eq!(
             r.broke(at(2)),
             Some(FIRST * 2),
             "one that breaks again and again is not begun at once"
         );
-        r.warm(at(3));
-        r.warm(at(50));
-        assert_eq!(r.broke(at(3) + CALM), Some(FIRST), "warm since 3 s");
+        r.went_on(at(3));
+        r.went_on(at(50));
+        assert_eq!(r.broke(at(3) + CALM), Some(FIRST), "it went on since 3 s");
     }
 }

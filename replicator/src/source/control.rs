@@ -50,6 +50,8 @@ impl Control {
         let mut link = open(to, times, hello, WELCOME_TIMEOUT)?;
         match link.reader.next_message().map_err(|e| unreachable(&e))? {
             Message::Welcome { session, resumed } => Ok((link, session, resumed)),
+            // Not now: as if there were no answer.
+            Message::Refused { refusal } if refusal.code == RefusalCode::PeerUnreachable => Err(refusal),
             Message::Refused { refusal } => Err(Refusal::new(RefusalCode::PeerRefused, refusal.to_string())),
             other => Err(unexpected(to.link, &other)),
         }

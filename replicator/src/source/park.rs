@@ -124,23 +124,28 @@ fn resume(qmp: &Client, disk: usize) -> Result<(), String> {
         .map_err(|e| format!("its mirror does not go on: {e}"))
 }
 
-/// VMs whose mirrors were left waiting, and since when.
+/// VMs whose mirrors were left waiting, and since when; `None`: too long.
 #[derive(Debug, Default)]
-pub struct Parked(Mutex<HashMap<VmId, Instant>>);
+pub struct Parked(Mutex<HashMap<VmId, Option<Instant>>>);
 
 impl Parked {
-    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Instant>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Option<Instant>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn note(&self, vm: VmId) {
-        self.lock().insert(vm, Instant::now());
+        self.lock().insert(vm, Some(Instant::now()));
+    }
+
+    /// One that waits is due at the next look.
+    pub fn hurry(&self, vm: VmId) {
+        self.lock().entry(vm).and_modify(|since| *since = None);
     }
 
     /// Takes out those that wait for so long.
     pub fn due(&self, age: Duration) -> Vec<VmId> {
         self.lock()
-            .extract_if(|_, since| since.elapsed() >= age)
+            .extract_if(|_, since| since.is_none_or(|t| t.elapsed() >= age))
             .map(|(vm, _)| vm)
             .collect()
     }
@@ -156,6 +161,11 @@ mod tests {
         let vm = VmId(Default::default());
         parked.note(vm);
         assert!(parked.due(Duration::from_secs(600)).is_empty());
+        parked.hurry(vm);
+        assert_eq!(parked.due(Duration::from_secs(600)), [vm]);
+        parked.hurry(vm);
+        assert!(parked.due(Duration::ZERO).is_empty(), "it does not wait any more");
+        parked.note(vm);
         assert_eq!(parked.due(Duration::ZERO), [vm]);
         assert!(parked.due(Duration::ZERO).is_empty());
     }

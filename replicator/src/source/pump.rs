@@ -310,10 +310,16 @@ impl Out {
 
     /// Has the target look at some pages, in a rest.
     fn scrub(&mut self) -> Result<(), PumpError> {
-        if let Some(sums) = self.sums.next(Instant::now()) {
-            self.ram.send(Kind::Sums, &sums.encode())?;
-        }
-        Ok(())
+        let Some(sums) = self.sums.next(Instant::now()) else {
+            return Ok(());
+        };
+        // Some of these pages may be in the open batch still.
+        let (ram, throttle, shared) = (&mut self.ram, &self.core.throttle, &self.shared);
+        let mut send = |p: &[u8]| send_pages(ram, throttle, shared, p);
+        self.encoder
+            .flush(&mut send)
+            .map_err(|e| PumpError::Link(e.to_string()))?;
+        Ok(self.ram.send(Kind::Sums, &sums.encode())?)
     }
 
     fn count(&self) {

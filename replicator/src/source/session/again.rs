@@ -18,6 +18,9 @@ use crate::resume::known::Known;
 use crate::resume::retry::{GIVE_UP_AFTER, Retry};
 use crate::source::control::unreachable;
 use crate::source::machine::{Input, State};
+use crate::source::migration::Rates;
+use crate::source::pressure::Pressure;
+use crate::source::times::Times;
 
 /// For a pump whose sockets are closed to end.
 const PUMP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,7 +57,7 @@ impl Session {
     }
 
     pub(super) fn warm(&mut self, now: Instant) {
-        self.again.retry.warm(now);
+        self.again.retry.went_on(now);
         self.progress.resume.broken_since = None;
     }
 
@@ -155,17 +158,27 @@ impl Session {
         if !self.again.pump_ended() {
             return Some(Input::LinkLost("the broken pass has not ended yet".into()));
         }
+        // Only now: words of the old pass may have come since it ended.
+        self.pressure = Pressure::new(self.plan.pacing.not_converging);
+        self.rates = Rates::default();
+        self.times = Times::default();
+        self.pump = Arc::default();
         let begun = match self.look_anew() {
             Ok(Ok(spec)) => self.open(spec),
             Ok(Err(interfered)) => return Some(Input::Interfered(interfered)),
             Err(refusal) => Err(refusal),
         };
         match begun {
-            Ok(()) => Some(Input::Begun),
+            Ok(()) => {
+                self.again.retry.went_on(Instant::now());
+                Some(Input::Begun)
+            }
             Err(_) if self.plan.process.gone_soon() => Some(Input::PrimaryGone),
             Err(r) if r.code == RefusalCode::PeerUnreachable => Some(Input::LinkLost(r.detail)),
-            // Somebody else has the monitor for now.
-            Err(r) if r.code == RefusalCode::QmpUnavailable => Some(Input::MigrationFailed(r.detail)),
+            // Somebody else has the monitor for now, or the link went again while the mirrors began.
+            Err(r) if matches!(r.code, RefusalCode::QmpUnavailable | RefusalCode::Local) => {
+                Some(Input::MigrationFailed(r.detail))
+            }
             Err(r) => Some(Input::Failed(r)),
         }
     }

@@ -47,7 +47,13 @@ impl Session {
 
     /// A lost link is not the end of a copy that went well: its mirrors wait for another one.
     pub(super) fn leave_mirrors(&mut self) {
-        let Some(mut mirrors) = self.mirrors.take() else { return };
+        let Some(mut mirrors) = self.mirrors.take() else {
+            if let State::Ended { .. } = self.machine.state {
+                // Of a pass that broke off: nobody comes back for them.
+                self.core.parked.hurry(self.plan.vm);
+            }
+            return;
+        };
         let lost = match &self.machine.state {
             State::Ended { error: Some(e) } | State::Broken { error: e } => e.code == RefusalCode::PeerUnreachable,
             _ => false,
