@@ -3,51 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use umbra_api::order::{OrderKind, Peak, Tier};
-use umbra_api::replica::{Role, ShadowMemory};
+use umbra_api::order::Tier;
+use umbra_api::replica::Role;
 use umbra_tests::lab::pair::{Pair, with_pair};
 use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::swap;
-use umbra_tests::lab::sys;
 use umbra_tests::lab::vm::VmSpec;
 
 /// Rests of the replicator's between two looks are seconds, and the machine may be busy.
 const SOON: Duration = Duration::from_secs(90);
 const SWAP_MIB: u64 = 384;
-
-fn tier(pair: &Pair, host: &str, tier: Tier) -> Result<()> {
-    // Cores enough that the CPU's quota is not what is tested. Of the guest's memory nobody has told: what it uses counts.
-    let expected_peak = Peak {
-        cpu_cores: 8.0,
-        mem_bytes: 0,
-    };
-    pair.order(host, pair.epoch(), OrderKind::Tier { tier, expected_peak })
-}
-
-fn memory(pair: &Pair, host: &str) -> Result<Option<ShadowMemory>> {
-    Ok(pair.replica(host, Role::Target)?.and_then(|r| r.memory))
-}
-
-/// The shadow's memory once it is so.
-fn wait(pair: &Pair, host: &str, what: &str, so: impl Fn(&ShadowMemory) -> bool) -> Result<ShadowMemory> {
-    let mut last = None;
-    let waited = wait_for(what, SOON, || {
-        last = memory(pair, host)?;
-        Ok(last.clone().filter(&so))
-    });
-    waited.with_context(|| format!("it is {last:?}"))
-}
-
-fn shrunk(m: &ShadowMemory) -> bool {
-    m.limit_bytes.is_some() && m.not_shrunk.is_none() && m.resident_bytes * 4 < m.used_bytes
-}
-
-fn in_ram(pair: &Pair, host: &str) -> Result<u64> {
-    let files = pair.ram_files(host)?;
-    let sum = files.iter().map(|f| Ok(sys::resident_bytes(f)?)).sum::<Result<u64>>()?;
-    ensure!(!files.is_empty(), "no RAM files on {host}");
-    Ok(sum)
-}
 
 fn rounds_go_on(pair: &Pair, from: &str) -> Result<()> {
     let rounds = |pair: &Pair| -> Result<u64> {
@@ -72,9 +37,11 @@ fn a_cold_shadow_waits_in_swap_and_comes_back_whole() {
     with_pair("tiers", &spec, |pair| {
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
-        tier(pair, "b", Tier::Standby)?;
+        pair.shadow("b").order(Tier::Standby)?;
         if !swap::there() {
-            let told = wait(pair, "b", "the lack of swap to be told", |m| m.not_shrunk.is_some())?;
+            let told = pair
+                .shadow("b")
+                .wait("the lack of swap to be told", |m| m.not_shrunk.is_some())?;
             let why = told.not_shrunk.unwrap_or_default();
             ensure!(why.contains("no swap"), "{why}");
             ensure!(
@@ -86,18 +53,19 @@ fn a_cold_shadow_waits_in_swap_and_comes_back_whole() {
             println!("SKIPPED: this machine can have no swap: {why}");
             return Ok(());
         }
-        let cold = wait(pair, "b", "the shadow to be shrunk", shrunk)?;
+        let cold = pair.shadow("b").wait_shrunk()?;
+        ensure!(cold.resident_bytes * 4 < cold.used_bytes, "{cold:?}");
         // Not only by its own word.
         wait_for("the kernel to say so", SOON, || {
-            let seen = in_ram(pair, "b")?;
+            let seen = pair.shadow("b").in_ram()?;
             Ok((seen * 3 < cold.used_bytes).then_some(()))
         })?;
         // The guest writes on: what the rounds bring is swapped out in its turn.
         rounds_go_on(pair, "a")?;
-        tier(pair, "b", Tier::Active)?;
-        let warm = wait(pair, "b", "the promotion", |m| {
-            m.promotion.is_some_and(|p| p.tier == Tier::Active)
-        })?;
+        pair.shadow("b").order(Tier::Active)?;
+        let warm = pair
+            .shadow("b")
+            .wait("the promotion", |m| m.promotion.is_some_and(|p| p.tier == Tier::Active))?;
         let promotion = warm.promotion.context("a promotion")?;
         println!("cold {cold:?}, warm {warm:?}");
         ensure!(warm.limit_bytes.is_none(), "tier 2 has no limit: {warm:?}");
@@ -106,8 +74,8 @@ fn a_cold_shadow_waits_in_swap_and_comes_back_whole() {
             "all of it came back: {warm:?}"
         );
         rounds_go_on(pair, "a")?;
-        tier(pair, "b", Tier::Standby)?;
-        wait(pair, "b", "the shadow to be shrunk again", shrunk)?;
+        pair.shadow("b").order(Tier::Standby)?;
+        pair.shadow("b").wait_shrunk()?;
         // Straight from tier 0.
         let report = pair.switchover("a")?;
         println!(
@@ -116,7 +84,7 @@ fn a_cold_shadow_waits_in_swap_and_comes_back_whole() {
         );
         ensure!(pair.wait_runs()? == "b", "it runs on b");
         pair.verify()?;
-        let back = wait(pair, "b", "all of the VM's RAM to be back", |m| {
+        let back = pair.shadow("b").wait("all of the VM's RAM to be back", |m| {
             m.limit_bytes.is_none() && m.resident_bytes * 10 >= m.used_bytes * 9
         })?;
         println!("after the switchover {back:?}");

@@ -6,14 +6,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use umbra_api::order::{OrderKind, Peak, Tier};
-use umbra_api::replica::{Role, ShadowMemory};
+use umbra_api::order::Tier;
 
 use super::Options;
 use super::rows::{Row, median};
 use crate::lab::daemons::{Binaries, target_dir};
 use crate::lab::pair::Pair;
-use crate::lab::process::wait_for;
 use crate::lab::sys;
 use crate::lab::vm::VmSpec;
 
@@ -24,8 +22,6 @@ const QUICK_RUNS: usize = 2;
 const DIRTY: u32 = 2000;
 const SWAP_MIB: u64 = 1536;
 const HOSTS: [&str; 2] = ["a", "b"];
-/// A disk that is slow, and a machine that is busy.
-const SOON: Duration = Duration::from_secs(240);
 /// After the shadow was shrunk: rounds go on, and it is shrunk again.
 const SETTLE: Duration = Duration::from_secs(20);
 /// Each a reading of what is resident then.
@@ -77,19 +73,23 @@ fn measure(pair: &mut Pair, runs: usize) -> Result<Figures> {
 fn hop(pair: &mut Pair, from: &str, to: &str, figures: &mut Figures) -> Result<()> {
     pair.protect(from, to)?;
     pair.wait_standby(from)?;
-    tier(pair, to, Tier::Standby)?;
-    wait(pair, to, "the shadow to be shrunk", shrunk)?;
+    pair.shadow(to).order(Tier::Standby)?;
+    pair.shadow(to).wait_shrunk()?;
     for _ in 0..LOOKS {
         std::thread::sleep(SETTLE / LOOKS);
-        let used = memory(pair, to)?.context("the target tells of no memory")?.used_bytes;
+        let used = pair
+            .shadow(to)
+            .memory()?
+            .context("the target tells of no memory")?
+            .used_bytes;
         figures
             .resident_pct
-            .push(100.0 * in_ram(pair, to)? as f64 / used as f64);
+            .push(100.0 * pair.shadow(to).in_ram()? as f64 / used as f64);
     }
-    tier(pair, to, Tier::Active)?;
-    let warm = wait(pair, to, "the promotion", |m| {
-        m.promotion.is_some_and(|p| p.tier == Tier::Active)
-    })?;
+    pair.shadow(to).order(Tier::Active)?;
+    let warm = pair
+        .shadow(to)
+        .wait("the promotion", |m| m.promotion.is_some_and(|p| p.tier == Tier::Active))?;
     let promotion = warm.promotion.context("no promotion")?;
     ensure!(
         warm.resident_bytes * 10 >= warm.used_bytes * 9,
@@ -98,12 +98,12 @@ fn hop(pair: &mut Pair, from: &str, to: &str, figures: &mut Figures) -> Result<(
     figures.promote_s.push(promotion.took_ms as f64 / 1e3);
     figures.read_mb.push(promotion.read_bytes as f64 / 1e6);
 
-    tier(pair, to, Tier::Standby)?;
-    wait(pair, to, "the shadow to be shrunk again", shrunk)?;
+    pair.shadow(to).order(Tier::Standby)?;
+    pair.shadow(to).wait_shrunk()?;
     let swapped = sys::own_swap_kib(pair.qemu(to)?);
     let report = pair.switchover(from)?;
     figures.stopped_ms.push(report.guest_stopped_us as f64 / 1e3);
-    let back = wait(pair, to, "the VM's RAM to be back", |m| {
+    let back = pair.shadow(to).wait("the VM's RAM to be back", |m| {
         m.promotion.is_some_and(|p| p.at != promotion.at)
     })?;
     figures
@@ -138,36 +138,4 @@ fn rows(f: &Figures) -> Vec<Row> {
     .into_iter()
     .flatten()
     .collect()
-}
-
-fn tier(pair: &Pair, host: &str, tier: Tier) -> Result<()> {
-    // The CPU's quota is not what is measured; of memory what the guest uses counts.
-    let expected_peak = Peak {
-        cpu_cores: 8.0,
-        mem_bytes: 0,
-    };
-    pair.order(host, pair.epoch(), OrderKind::Tier { tier, expected_peak })
-}
-
-fn memory(pair: &Pair, host: &str) -> Result<Option<ShadowMemory>> {
-    Ok(pair.replica(host, Role::Target)?.and_then(|r| r.memory))
-}
-
-fn wait(pair: &Pair, host: &str, what: &str, so: impl Fn(&ShadowMemory) -> bool) -> Result<ShadowMemory> {
-    let mut last = None;
-    let waited = wait_for(what, SOON, || {
-        last = memory(pair, host)?;
-        Ok(last.clone().filter(&so))
-    });
-    waited.with_context(|| format!("it is {last:?}"))
-}
-
-fn shrunk(m: &ShadowMemory) -> bool {
-    m.limit_bytes.is_some_and(|l| m.resident_bytes < l + l / 4)
-}
-
-/// By the kernel's word, not the replicator's.
-fn in_ram(pair: &Pair, host: &str) -> Result<u64> {
-    let files = pair.ram_files(host)?;
-    files.iter().map(|f| Ok(sys::resident_bytes(f)?)).sum()
 }

@@ -16,7 +16,7 @@
 //! In reading order: [`sys`] (the unsafe calls), [`ledger`], [`cpuset`], [`net`], [`process`], [`host`], [`qmp`], [`disk`],
 //! [`hardware`], [`sector`], [`vm`], [`http`], [`daemons`], [`client`] and [`udp`] (probers), [`sched`] (run-queue waits), [`swap`],
 //! [`copies`] (which QEMU runs a VM), [`wire`] (a way to a host that can be cut), [`pair`] (two hosts, a VM, and orders without an
-//! RPS), [`world`] (the same with agents and an RPS).
+//! RPS), [`shadow`] (its tier and memory), [`world`] (the same with agents and an RPS).
 
 pub mod client;
 pub mod copies;
@@ -33,6 +33,7 @@ pub mod process;
 pub mod qmp;
 pub mod sched;
 pub mod sector;
+pub mod shadow;
 pub mod swap;
 pub mod sys;
 pub mod udp;

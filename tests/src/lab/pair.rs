@@ -14,6 +14,7 @@ use super::copies::Copies;
 use super::daemons::{Binaries, Replicator, Settings};
 use super::host::Host;
 use super::process::{Process, wait_for};
+use super::shadow::Shadow;
 use super::vm::{self, Boots, Console, GuestImage, Vm, VmSpec};
 use super::{Lab, sys};
 
@@ -420,6 +421,10 @@ impl Pair {
             0 => Ok(()),
             n => bail!("the guest found {n} errors in its memory"),
         }
+    }
+
+    pub fn shadow<'a>(&'a self, host: &'a str) -> Shadow<'a> {
+        Shadow { pair: self, host }
     }
 
     /// What is left of shadows on a host: RAM files and QEMUs that are not the VM that runs.
