@@ -174,16 +174,7 @@ impl Engine {
             && !matches!(s.durable, SourceDurable::Released | SourceDurable::Retired)
         {
             let qmp = s.qemu.qmp.iter().find_map(|p| Client::connect(p, QMP_TIMEOUT).ok());
-            let plan = source::session::Plan {
-                vm: record.vm,
-                name: record.name.clone(),
-                epoch: s.epoch,
-                peer: s.peer,
-                link: s.link,
-                pacing: s.pacing,
-                process: s.qemu.id,
-                report: s.report,
-            };
+            let plan = s.plan(record.vm, &record.name);
             entry.source = Some(source::Session::resume(self.core.clone(), plan, s.durable, qmp)?);
         }
         if let Some(t) = record.target

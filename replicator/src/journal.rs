@@ -71,6 +71,22 @@ pub struct SourceRecord {
     pub leftover: Option<ShadowRecord>,
 }
 
+impl SourceRecord {
+    /// What a session of this record goes on with.
+    pub fn plan(&self, vm: VmId, name: &str) -> source::session::Plan {
+        source::session::Plan {
+            vm,
+            name: name.to_owned(),
+            epoch: self.epoch,
+            peer: self.peer.clone(),
+            link: self.link.clone(),
+            pacing: self.pacing,
+            process: self.qemu.id,
+            report: self.report,
+        }
+    }
+}
+
 /// Enough to find a QEMU process again after a restart.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -316,7 +316,7 @@ mod tests {
         }
     }
 
-    fn ram(pages: u64) -> StreamSetup {
+    pub fn ram(pages: u64) -> StreamSetup {
         StreamSetup {
             version: 3,
             config: Vec::new(),

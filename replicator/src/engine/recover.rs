@@ -186,16 +186,7 @@ impl Engine {
             let detail = format!("no monitor of the stopped primary answers: {:?}", s.qemu.qmp);
             return Err(Refusal::new(RefusalCode::QmpUnavailable, detail));
         }
-        let plan = source::session::Plan {
-            vm: record.vm,
-            name: record.name.clone(),
-            epoch: s.epoch,
-            peer: s.peer,
-            link: s.link,
-            pacing: s.pacing,
-            process: s.qemu.id,
-            report: s.report,
-        };
+        let plan = s.plan(record.vm, &record.name);
         let handle = source::Session::reopen(self.core.clone(), plan, s.durable, qmp, word);
         entry.source = Some(handle.map_err(|e| local(&e))?);
         Ok(())

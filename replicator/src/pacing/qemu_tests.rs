@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use umbra_api::wire::setup::{Block, StreamSetup};
 
+use super::tests::ram;
 use super::*;
 
 const RAM: u64 = 2_048;
@@ -108,16 +108,7 @@ fn play(guest: Guest, link: f64, seconds: f64) -> (u64, u64) {
     let at = |q: &Qemu| start + Duration::from_secs_f64(q.now);
     let mut q = Qemu::new(guest, link);
     let mut p = Pacer::new(Settings::default(), start);
-    p.setup(&StreamSetup {
-        version: 3,
-        config: Vec::new(),
-        ram_section: 2,
-        ram_version: 4,
-        blocks: vec![Block {
-            name: "pc.ram".into(),
-            bytes: RAM * 4096,
-        }],
-    });
+    p.setup(&ram(RAM));
     let (mut rounds, mut complaints, mut offset, mut until) = (0, 0, 0, None);
     while until.is_none_or(|u| q.now < u) {
         let pages = q.section(|page| p.page(0, page));
