@@ -107,6 +107,10 @@ pub struct DiskProgress {
     /// What is to be copied by now: what the disk holds (its unallocated parts cost nothing), and what the guest wrote since.
     pub total_bytes: u64,
     pub copied_bytes: u64,
+    /// What travelled of it to the target, since the protection began or the source's replicator was restarted: also what travelled
+    /// a second time after a break.
+    #[serde(default)]
+    pub link_bytes: u64,
     /// The first full copy is complete; what the guest writes follows.
     pub ready: bool,
 }

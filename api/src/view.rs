@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::Stage;
 use crate::order::Tier;
-use crate::replica::{Progress, ShadowMemory, SwitchoverReport};
+use crate::replica::{DiskProgress, Progress, ShadowMemory, SwitchoverReport};
 use crate::{DecisionId, Epoch, HostId, UnixMs, VmId};
 
 /// `observe` decides and records, and does nothing.
@@ -82,6 +82,9 @@ pub struct VmView {
     /// What the shadow takes on its host.
     #[serde(default)]
     pub shadow_memory: Option<ShadowMemory>,
+    /// The copies of its private disks.
+    #[serde(default)]
+    pub disks: Vec<DiskProgress>,
     pub last_switchover: Option<SwitchoverReport>,
     pub last_error: Option<String>,
     pub events: Vec<LifecycleEvent>,

@@ -412,12 +412,13 @@ impl Engine {
             since: unix_ms(),
             report: None,
             leftover: None,
+            mirrors: Vec::new(),
         };
         let noted = self.core.journal.update(order.vm, |r| {
             r.epoch = r.epoch.max(order.epoch);
             r.remember(order.id);
             r.name.clone_from(&adopted.name);
-            r.source = Some(record);
+            r.source = Some(record.after(r.source.take()));
         });
         noted.map_err(|e| local(&e))?;
         let plan = source::session::Plan {

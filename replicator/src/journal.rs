@@ -69,9 +69,19 @@ pub struct SourceRecord {
     pub report: Option<SwitchoverReport>,
     /// The primary was once a shadow here: what is to be cleaned up when it is retired.
     pub leftover: Option<ShadowRecord>,
+    /// Numbers of mirrors that are, or may be, in this QEMU: on record before they are made. Others are not touched.
+    #[serde(default)]
+    pub mirrors: Vec<u64>,
 }
 
 impl SourceRecord {
+    /// A new protection of a QEMU that may still have mirrors of the one before.
+    pub fn after(mut self, before: Option<Self>) -> Self {
+        let same = before.filter(|b| b.qemu.id == self.qemu.id);
+        self.mirrors = same.map(|b| b.mirrors).unwrap_or_default();
+        self
+    }
+
     /// What a session of this record goes on with.
     pub fn plan(&self, vm: VmId, name: &str) -> source::session::Plan {
         source::session::Plan {

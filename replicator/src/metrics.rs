@@ -6,7 +6,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use umbra_api::replica::{Convergence, ReplicaStatus, Role};
+use umbra_api::replica::{Convergence, DiskProgress, ReplicaStatus, Role};
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 struct Labels {
@@ -21,6 +21,14 @@ struct KindLabels {
     vm: String,
     name: String,
     kind: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct DiskLabels {
+    vm: String,
+    name: String,
+    /// The primary's image.
+    disk: String,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
@@ -171,6 +179,29 @@ const GAUGES: [(&str, &str, Value); 28] = [
     ),
 ];
 
+type DiskGauge = (&'static str, &'static str, fn(&DiskProgress) -> u64);
+
+const DISK_GAUGES: [DiskGauge; 4] = [
+    (
+        "umbra_replica_disk_total_bytes",
+        "What is to be copied of a private disk by now, with what the guest wrote since",
+        |d| d.total_bytes,
+    ),
+    ("umbra_replica_disk_copied_bytes", "Of it, what is copied", |d| {
+        d.copied_bytes
+    }),
+    (
+        "umbra_replica_disk_link_bytes",
+        "What travelled of a private disk, also a second time after a break",
+        |d| d.link_bytes,
+    ),
+    (
+        "umbra_replica_disk_ready",
+        "1 once a private disk's first copy is complete",
+        |d| u64::from(d.ready),
+    ),
+];
+
 /// A registry made for one scrape: replicas come and go, and one that is gone must not be told.
 pub fn registry(replicas: &[ReplicaStatus]) -> Registry {
     let mut registry = Registry::default();
@@ -207,7 +238,24 @@ pub fn registry(replicas: &[ReplicaStatus]) -> Registry {
     }
     registry.register("umbra_replica_phase", "1 for the phase in which a replica is", phases);
     pages(&mut registry, replicas);
+    disks(&mut registry, replicas);
     registry
+}
+
+/// How far the disks' copies are: the source knows.
+fn disks(registry: &mut Registry, replicas: &[ReplicaStatus]) {
+    for (name, help, value) in DISK_GAUGES {
+        let family = Family::<DiskLabels, Gauge>::default();
+        for (r, disk) in replicas.iter().flat_map(|r| r.disks.iter().map(move |d| (r, d))) {
+            let labels = DiskLabels {
+                vm: r.vm.to_string(),
+                name: r.name.clone(),
+                disk: disk.path.clone(),
+            };
+            family.get_or_create(&labels).set(value(disk) as i64);
+        }
+        registry.register(name, help, family);
+    }
 }
 
 /// How pages travelled: the source knows.
@@ -264,13 +312,25 @@ mod tests {
             memory: None,
             progress,
             report: None,
-            disks: Vec::new(),
+            disks: vec![DiskProgress {
+                path: "/srv/web.img".into(),
+                total_bytes: 4096,
+                copied_bytes: 4096,
+                link_bytes: 4170,
+                ready: true,
+            }],
             error: None,
         };
         let mut text = String::new();
         let registry = registry(&[status(Role::Source), status(Role::Target)]);
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         let told = |name: &str| -> Vec<&str> { text.lines().filter(|l| l.starts_with(name)).collect() };
+        let disk = told("umbra_replica_disk_link_bytes{");
+        assert!(
+            disk.iter()
+                .all(|l| l.contains("disk=\"/srv/web.img\"") && l.ends_with("} 4170")),
+            "{disk:?}"
+        );
         let pages = told("umbra_replica_sent_pages{");
         assert_eq!(pages.len(), 6);
         assert!(

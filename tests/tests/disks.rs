@@ -3,17 +3,20 @@
 //! The guest writes a journal on each disk and counts a record when fdatasync has confirmed it; here the images are read.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 use umbra_api::order::OrderKind;
-use umbra_api::replica::{Phase, ReplicaStatus, Role};
+use umbra_api::replica::{DiskProgress, Phase, ReplicaStatus, Role};
 use umbra_tests::lab::disk::{self, Bus, DiskSpec, Journal};
 use umbra_tests::lab::pair::{Pair, with_pair};
 use umbra_tests::lab::process::wait_for;
+use umbra_tests::lab::qmp::Qmp;
 use umbra_tests::lab::sys;
 use umbra_tests::lab::vm::{self, VmSpec};
 
@@ -120,7 +123,7 @@ fn go(pair: &mut Pair, from: &str, to: &str) -> Result<()> {
         let r = pair
             .replica(from, Role::Source)?
             .context("the source forgot its replica")?;
-        let told = |d: &umbra_api::replica::DiskProgress| d.copied_bytes > 0 && d.total_bytes >= d.copied_bytes;
+        let told = |d: &DiskProgress| d.copied_bytes > 0 && d.total_bytes >= d.copied_bytes;
         Ok(r.disks.iter().all(told).then_some(()))
     })?;
     ensure!(storage_daemons(pair, to)? == 1, "one daemon a shadow");
@@ -284,6 +287,194 @@ fn a_target_without_room_is_refused_before_anything_starts() {
         );
         writes_on(pair, 20)?;
         ensure!(pair.wait_runs()? == "a", "it runs where it ran");
+        Ok(())
+    });
+}
+
+/// Parts of a disk on which the guest's journal has nothing: the second half of each stride.
+const FILL: usize = 64 << 10;
+
+fn fill(n: u64) -> Vec<u8> {
+    let mut x = n + 1;
+    let mut next = || {
+        x = x
+            .wrapping_mul(0x5851_f42d_4c95_7f2d)
+            .wrapping_add(0x1405_7b7e_f767_814f);
+        (x >> 56) as u8
+    };
+    (0..FILL).map(|_| next()).collect()
+}
+
+/// Where parts of a disk of [`MIB`] are filled.
+fn filled() -> impl Iterator<Item = u64> {
+    (0..(MIB << 20) / (2 * FILL as u64)).map(|n| (2 * n + 1) * FILL as u64)
+}
+
+/// The disks' copies once nothing is left to be copied.
+fn copied(pair: &Pair) -> Result<Vec<DiskProgress>> {
+    wait_for("the disks to be equal", Duration::from_secs(60), || {
+        let r = pair.replica("a", Role::Source)?.context("no replica")?;
+        let equal = r.phase == Phase::Standby && r.disks.iter().all(|d| d.ready && d.copied_bytes == d.total_bytes);
+        Ok((equal && r.disks.len() == 2).then_some(r.disks))
+    })
+}
+
+fn went_again(pair: &Pair) -> Result<()> {
+    wait_for("the copy to break off", Duration::from_secs(60), || {
+        let r = pair.replica("a", Role::Source)?;
+        Ok(r.is_none_or(|r| r.phase == Phase::Seeding).then_some(()))
+    })
+}
+
+/// Two raw disks that hold something; the second one's copy goes to an image that was set aside for it.
+fn with_full_disks(name: &str, body: impl FnOnce(&mut Pair, PathBuf) -> Result<()>) {
+    let spec = VmSpec {
+        dirty: 200,
+        disks: vec![disk(Bus::VirtioBlk, "raw"), disk(Bus::VirtioScsi, "raw")],
+        disk_rate: Some(2),
+        ..VmSpec::new("web", 10)
+    };
+    with_pair(name, &spec, |pair| {
+        for n in 0..2 {
+            let file = File::options()
+                .write(true)
+                .open(vm::image_of(pair.host("a")?, "web", n))?;
+            filled().try_for_each(|at| file.write_all_at(&fill(at), at))?;
+        }
+        let aside = pair.host("b")?.file("set-aside.img");
+        disk::create(&aside, "raw", MIB << 20)?;
+        let mapped = (vm::image_of(pair.host("a")?, "web", 1), aside.clone());
+        pair.binaries.settings.disks.extend([mapped]);
+        pair.kill_replicator("b")?;
+        pair.restart_replicator("b")?;
+        body(pair, aside)
+    });
+}
+
+#[test]
+fn after_a_break_only_what_was_written_meanwhile_travels() {
+    let whole = MIB << 19;
+    with_full_disks("disks_again", |pair, aside| {
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        let mut before = copied(pair)?;
+        ensure!(
+            before.iter().all(|d| d.link_bytes > whole),
+            "the first copy is counted: {before:?}"
+        );
+        for broken in [
+            "the link",
+            "the target's replicator",
+            "the source's replicator",
+            "nothing that is trusted",
+        ] {
+            let records = acknowledged(pair)?;
+            match broken {
+                "the link" => {
+                    pair.lab.set_uplink("b", false)?;
+                    went_again(pair)?;
+                    pair.lab.set_uplink("b", true)?;
+                }
+                "the target's replicator" => {
+                    pair.kill_replicator("b")?;
+                    went_again(pair)?;
+                    pair.restart_replicator("b")?;
+                }
+                // As an upgrade of the package does.
+                _ => {
+                    let status = pair.replicator_process("a")?.stop(Duration::from_secs(60))?;
+                    ensure!(status.success(), "it ends well: {status}");
+                    writes_on(pair, 2)?;
+                    before.iter_mut().for_each(|d| d.link_bytes = 0);
+                }
+            }
+            if broken == "nothing that is trusted" {
+                wait_for("the images to be put by", Duration::from_secs(60), || {
+                    Ok((storage_daemons(pair, "b")? == 0).then_some(()))
+                })?;
+                // A byte of it is another one, behind everybody's back.
+                File::options()
+                    .write(true)
+                    .open(&aside)?
+                    .write_all_at(b"?", FILL as u64 + 5)?;
+            }
+            if broken.starts_with("the source") || broken.starts_with("nothing") {
+                pair.restart_replicator("a")?;
+            }
+            pair.wait_standby("a")?;
+            let after = copied(pair)?;
+            let now = acknowledged(pair)?;
+            for (n, (name, (was, is))) in now.keys().zip(before.iter().zip(&after)).enumerate() {
+                // A record is a block of the mirror's bitmap; some were on their way twice.
+                let written = now[name] - records[name] + 64;
+                let travelled = is.link_bytes - was.link_bytes;
+                println!("{broken}: disk {n}: {travelled} bytes again, {written} records");
+                match broken {
+                    "nothing that is trusted" => {
+                        ensure!(travelled > whole, "a touched image is copied whole: {travelled}")
+                    }
+                    _ => ensure!(
+                        travelled < written * (FILL as u64 + 512) && travelled < whole,
+                        "{broken}: disk {n} was copied again: {travelled} bytes for {written} records"
+                    ),
+                }
+            }
+            before = after;
+        }
+        pair.switchover("a")?;
+        ensure!(pair.wait_runs()? == "b", "after the switchover it runs on b");
+        for image in [images(pair, "b")?.swap_remove(0), aside] {
+            let (file, mut found) = (File::open(&image)?, vec![0; FILL]);
+            for at in filled() {
+                file.read_exact_at(&mut found, at)?;
+                ensure!(found == fill(at), "{} at {at} is not what it was", image.display());
+            }
+        }
+        ensure!(pair.errors()? == 0, "no error in memory or on a disk");
+        Ok(())
+    });
+}
+
+fn ask(qmp: &Qmp, command: &str, arguments: Value) -> Result<Value> {
+    qmp.execute(command, arguments, Duration::from_secs(5))
+}
+
+#[test]
+fn a_mirror_that_is_not_on_record_is_not_touched() {
+    with_full_disks("disks_strange", |pair, _| {
+        let strange = pair.host("a")?.file("strange.img");
+        disk::create(&strange, "raw", MIB << 20)?;
+        let qmp = Qmp::connect(&pair.vm.qmp, Duration::from_secs(5))?;
+        let node =
+            json!({"driver": "raw", "node-name": "umbra-nbd-19af-0", "file": {"driver": "file", "filename": strange}});
+        ask(&qmp, "blockdev-add", node)?;
+        ask(
+            &qmp,
+            "blockdev-mirror",
+            json!({"job-id": "umbra-mirror-19af-0", "device": "d0", "target": "umbra-nbd-19af-0", "sync": "none"}),
+        )?;
+        drop(qmp);
+        pair.protect("a", "b")?;
+        let refused = pair.wait_ended("a")?;
+        ensure!(refused.detail.contains("umbra-mirror-19af-0"), "it is named: {refused}");
+        let qmp = Qmp::connect(&pair.vm.qmp, Duration::from_secs(5))?;
+        let jobs = ask(&qmp, "query-block-jobs", json!({}))?;
+        ensure!(jobs[0]["device"] == "umbra-mirror-19af-0", "it is still there: {jobs}");
+        // Ended as the refusal says, it is in nobody's way.
+        ask(
+            &qmp,
+            "block-job-cancel",
+            json!({"device": "umbra-mirror-19af-0", "force": true}),
+        )?;
+        wait_for("the job's end", Duration::from_secs(20), || {
+            let jobs = ask(&qmp, "query-block-jobs", json!({}))?;
+            Ok((jobs.as_array().is_some_and(Vec::is_empty)).then_some(()))
+        })?;
+        ask(&qmp, "blockdev-del", json!({"node-name": "umbra-nbd-19af-0"}))?;
+        drop(qmp);
+        pair.wait_alone()?;
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
         Ok(())
     });
 }

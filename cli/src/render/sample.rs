@@ -3,7 +3,9 @@
 use jiff::tz::TimeZone;
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Convergence, Pace, PageKinds, Progress, Resumption, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{
+    Convergence, DiskProgress, Pace, PageKinds, Progress, Resumption, ShadowMemory, SwitchoverReport,
+};
 use umbra_api::view::*;
 use umbra_api::{DecisionId, Epoch, UnixMs, VmId};
 
@@ -144,6 +146,13 @@ pub fn vm() -> VmView {
             },
             resume: Resumption::default(),
         }),
+        disks: vec![DiskProgress {
+            path: "/srv/web.qcow2".into(),
+            total_bytes: 3 << 30,
+            copied_bytes: 3 << 30,
+            link_bytes: 3221 << 20,
+            ready: true,
+        }],
         last_switchover: Some(SwitchoverReport {
             at: NOW.plus_ms(-60_000),
             epoch: Epoch(2),

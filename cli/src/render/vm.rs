@@ -2,7 +2,9 @@
 
 use comfy_table::Cell;
 use umbra_api::order::Tier;
-use umbra_api::replica::{Convergence, HeldBack, Pace, Progress, Resumption, ShadowMemory, SwitchoverReport};
+use umbra_api::replica::{
+    Convergence, DiskProgress, HeldBack, Pace, Progress, Resumption, ShadowMemory, SwitchoverReport,
+};
 use umbra_api::view::{ForecastView, VmView};
 
 use super::words::{bytes, count, number, span, sparkline, us, whole};
@@ -26,6 +28,10 @@ pub fn show(look: &Look, v: &VmView) -> String {
     }
     if let Some(p) = &v.progress {
         parts.push(section(look, "Copy", look.pairs(copy(look, p))));
+    }
+    if !v.disks.is_empty() {
+        let rows = v.disks.iter().map(|d| (d.path.as_str(), disk(d)));
+        parts.push(section(look, "Disks", look.pairs(rows.collect())));
     }
     if let Some(r) = &v.last_switchover {
         parts.push(section(look, "Last switchover", look.pairs(switchover(look, r))));
@@ -188,6 +194,14 @@ fn resumed(look: &Look, r: &Resumption, ram_bytes: u64) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
+fn disk(d: &DiskProgress) -> String {
+    let state = match d.ready {
+        true => "complete, what is written follows".to_owned(),
+        false => format!("{} of {} copied", bytes(d.copied_bytes), bytes(d.total_bytes)),
+    };
+    format!("{state}; {} on the link", bytes(d.link_bytes))
+}
+
 fn copy(look: &Look, p: &Progress) -> Vec<(&'static str, String)> {
     let seed = match p.seed_ms {
         Some(ms) => format!("{} in {}", bytes(p.ram_bytes), span(ms as f64 / 1000.0)),
@@ -347,6 +361,9 @@ Copy
   a switchover  would stop the guest for about 9.4 ms
   pace          1900 pages written lately, 500 ms between rounds, QEMU 1.2 % and
                 copying 0.9 % of a CPU
+
+Disks
+  /srv/web.qcow2  complete, what is written follows; 3.1 GiB on the link
 
 Last switchover
   at                09:12:20, epoch 2

@@ -202,6 +202,7 @@ fn the_vm() -> VmView {
         forecast: None,
         progress: None,
         shadow_memory: None,
+        disks: vec![],
         last_switchover: None,
         last_error: None,
         events: vec![the_event()],

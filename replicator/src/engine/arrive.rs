@@ -64,7 +64,7 @@ impl Engine {
         // Unique on this host over restarts, and no secret.
         let session = unix_ms().0.unsigned_abs();
         let cfg = self.core.config.launch();
-        let images = kept::claim(&cfg.disk_dir, vm, hello.resume, &hello.host, &hello.spec.disks);
+        let images = kept::claim(&cfg, vm, hello.resume, &hello.host, &hello.spec.disks);
         let resumed = images.is_some();
         let left: Vec<_> = images.iter().flat_map(|(_, images)| images.clone()).collect();
         let launched = launch::launch_on(&hello.spec, &cfg, vm, session, images);

@@ -12,6 +12,7 @@ use super::{Engine, Entry, QMP_TIMEOUT};
 use crate::launch::kept;
 use crate::qmp::Client;
 use crate::source;
+use crate::source::machine::Durable;
 
 /// So long a mirror waits, and an image is kept.
 const PARK_FOR: Duration = Duration::from_secs(600);
@@ -38,10 +39,14 @@ impl Engine {
         kept::expire(&self.core.config.launch().disk_dir, age, None);
     }
 
-    /// Before the replicator ends: nobody would look after them.
+    /// Before the replicator ends. A copy that the next one goes on with keeps its mirrors, which are on record; after others nobody
+    /// would look.
     pub(super) fn unpark_all(&self) {
         for vm in self.core.parked.due(Duration::ZERO) {
-            self.unpark(vm);
+            let source = self.core.journal.get(vm).and_then(|r| r.source);
+            if source.is_some_and(|s| s.durable != Durable::Protecting) {
+                self.unpark(vm);
+            }
         }
     }
 
@@ -66,7 +71,7 @@ impl Engine {
         let vms = self.lock();
         // Under the lock: a protection that begins has mirrors of the same names.
         if !busy(&vms) {
-            source::mirror::sweep(&qmp);
+            source::mirror::sweep(&qmp, &source.mirrors);
         }
     }
 }

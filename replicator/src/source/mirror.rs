@@ -10,6 +10,7 @@
 //! After a break the job waits in QEMU ([`super::park`]), whose dirty bitmap goes on: a new connection to the same image, and only what
 //! was written meanwhile travels.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -58,6 +59,8 @@ struct Mirror {
     waits: bool,
     /// Its first copy was complete before: QEMU says so once only.
     again: bool,
+    /// What travelled over earlier connections.
+    before: u64,
     progress: DiskProgress,
 }
 
@@ -67,6 +70,7 @@ const NEARLY: u64 = 4 << 20;
 
 pub struct Mirrors {
     qmp: Client,
+    token: u64,
     mirrors: Vec<Mirror>,
     crew: Arc<Crew>,
     /// Their ends are expected from here on.
@@ -81,8 +85,10 @@ pub struct Way<'a> {
     /// For the bandwidth limit, which ends with the switchover's hurry.
     pub core: &'a Arc<Core>,
     pub pace: &'a Arc<Shared>,
-    /// Whose images they are: names the nodes, so that it lives exactly as long as they do.
+    /// Whose images they are: names nodes and jobs, so that it lives exactly as long as they do. On record before they are made.
     pub token: u64,
+    /// Bytes that travelled of disks over earlier connections, by the primary's image.
+    pub travelled: &'a BTreeMap<String, u64>,
     /// They wait in QEMU already.
     pub resumed: bool,
     /// Opens the connection of a disk.
@@ -94,6 +100,7 @@ impl Mirrors {
     pub fn start(qmp: &Client, disks: &[Disk], way: &Way<'_>, events: &Sender<Event>) -> Result<Self, Refusal> {
         let mut all = Self {
             qmp: qmp.clone(),
+            token: way.token,
             mirrors: Vec::new(),
             crew: Arc::default(),
             finished: false,
@@ -101,11 +108,7 @@ impl Mirrors {
         if disks.is_empty() {
             return Ok(all);
         }
-        if !way.resumed {
-            // Of a replicator that died, or for images that are gone.
-            sweep(qmp);
-        }
-        watch(qmp, events.clone());
+        watch(qmp, way.token, events.clone());
         for (n, disk) in disks.iter().enumerate() {
             match mirror(qmp, n, disk, way, &all.crew) {
                 Ok(mirror) => all.mirrors.push(mirror),
@@ -149,14 +152,14 @@ impl Mirrors {
             }
             News::Back => {
                 mirror.waits = false;
-                mirror.again = park::job(&self.qmp, disk).is_some_and(|j| j["ready"] == true);
+                mirror.again = park::job(&self.qmp, self.token, disk).is_some_and(|j| j["ready"] == true);
                 tracing::info!(disk = mirror.disk.path, "the disk's copy goes on where it was");
                 Ok(())
             }
             News::Stopped | News::Ended { .. } if self.finished => Ok(()),
             // That is why it waits.
             News::Stopped if mirror.waits => Ok(()),
-            News::Stopped => park::job(&self.qmp, disk).map_or(Ok(()), |job| stopped(&mirror.disk, &job)),
+            News::Stopped => park::job(&self.qmp, self.token, disk).map_or(Ok(()), |job| stopped(&mirror.disk, &job)),
             News::Ended { error } => {
                 let why = error.unwrap_or_else(|| "somebody ended the job".into());
                 Err(failed(&mirror.disk, &why))
@@ -168,7 +171,8 @@ impl Mirrors {
     pub fn progress(&mut self) -> Vec<DiskProgress> {
         let jobs = self.qmp.execute("query-block-jobs", Value::Null).unwrap_or_default();
         for (n, mirror) in self.mirrors.iter_mut().enumerate() {
-            let name = format!("{JOB}{n}");
+            mirror.progress.link_bytes = mirror.before + mirror.door.sent();
+            let name = job(self.token, n);
             let job = jobs
                 .as_array()
                 .and_then(|j| j.iter().find(|j| j["device"] == name.as_str()));
@@ -187,11 +191,13 @@ impl Mirrors {
         let mark = self.qmp.mark();
         for n in 0..self.mirrors.len() {
             self.qmp
-                .execute("block-job-cancel", json!({"device": format!("{JOB}{n}")}))?;
+                .execute("block-job-cancel", json!({"device": job(self.token, n)}))?;
         }
         for (n, mirror) in self.mirrors.iter_mut().enumerate() {
             let left = deadline.saturating_duration_since(Instant::now());
-            let end = self.qmp.wait(mark, left, |e| ended(e).filter(|(disk, ..)| *disk == n));
+            let end = self
+                .qmp
+                .wait(mark, left, |e| ended(e, self.token).filter(|(disk, ..)| *disk == n));
             let (_, len, offset, error) = end.map_err(|e| failed(&mirror.disk, &e.to_string()))?;
             if let Some(why) = error {
                 return Err(failed(&mirror.disk, &why));
@@ -224,7 +230,14 @@ impl Mirrors {
             return;
         }
         self.cut();
-        sweep(&self.qmp);
+        sweep(&self.qmp, &[self.token]);
+    }
+
+    /// Bytes that travelled, of all connections so far, by the primary's image.
+    pub fn travelled(&self) -> impl Iterator<Item = (String, u64)> + '_ {
+        self.mirrors
+            .iter()
+            .map(|m| (m.disk.path.clone(), m.before + m.door.sent()))
     }
 }
 
@@ -254,6 +267,17 @@ pub(super) fn node(token: u64, disk: usize) -> String {
     format!("{NODE}{token:x}-{disk}")
 }
 
+/// Names a mirror.
+pub(super) fn job(token: u64, disk: usize) -> String {
+    format!("{JOB}{token:x}-{disk}")
+}
+
+/// Whose it is, and which disk's, by its name without the prefix.
+fn parts(name: &str) -> Option<(u64, usize)> {
+    let (token, disk) = name.split_once('-')?;
+    Some((u64::from_str_radix(token, 16).ok()?, disk.parse().ok()?))
+}
+
 fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>, crew: &Arc<Crew>) -> Result<Mirror, Refusal> {
     let local = |what: &str, e: &dyn std::fmt::Display| failed(disk, &format!("{what}: {e}"));
     let door = Door::open(n, way, crew).map_err(|e| local("its socket", &e))?;
@@ -262,25 +286,28 @@ fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>, crew: &Arc<Crew>) 
         .serve(link, disk.path.clone())
         .map_err(|e| local("no thread for it", &e))?;
     if !way.resumed {
-        begin(qmp, n, disk, &node(way.token, n), &door)?;
+        begin(qmp, n, disk, way.token, &door)?;
     }
     Ok(Mirror {
         progress: DiskProgress {
             path: disk.path.clone(),
             total_bytes: disk.bytes,
             copied_bytes: 0,
+            link_bytes: 0,
             ready: false,
         },
         disk: disk.clone(),
         door,
         waits: way.resumed,
         again: false,
+        before: way.travelled.get(&disk.path).copied().unwrap_or(0),
     })
 }
 
 /// A new mirror.
-fn begin(qmp: &Client, n: usize, disk: &Disk, node: &str, door: &Door) -> Result<(), Refusal> {
+fn begin(qmp: &Client, n: usize, disk: &Disk, token: u64, door: &Door) -> Result<(), Refusal> {
     let local = |what: &str, e: &dyn std::fmt::Display| failed(disk, &format!("{what}: {e}"));
+    let node = node(token, n);
     let nbd = json!({
         "driver": "nbd", "node-name": node, "export": export(n), "discard": "unmap",
         "server": {"type": "unix", "path": door.path.display().to_string()},
@@ -292,7 +319,7 @@ fn begin(qmp: &Client, n: usize, disk: &Disk, node: &str, door: &Door) -> Result
     };
     // Stopped by what the target does, not ended: its bitmap is what a later connection goes on from.
     let job = json!({
-        "job-id": format!("{JOB}{n}"), "device": disk.node, "target": node, "sync": "full", "copy-mode": "background",
+        "job-id": job(token, n), "device": disk.node, "target": node, "sync": "full", "copy-mode": "background",
         "on-target-error": "stop",
     });
     let begun = came.and_then(|()| {
@@ -305,23 +332,23 @@ fn begin(qmp: &Client, n: usize, disk: &Disk, node: &str, door: &Door) -> Result
 }
 
 /// Tells the driver what QEMU says of our jobs.
-fn watch(qmp: &Client, events: Sender<Event>) {
-    qmp.on_event(move |e| match told(e) {
+fn watch(qmp: &Client, token: u64, events: Sender<Event>) {
+    qmp.on_event(move |e| match told(e, token) {
         Some((disk, news)) => events.send(Event::Disk { disk, news }).is_ok(),
         None => true,
     });
 }
 
-fn told(e: &qmp::Event) -> Option<(usize, News)> {
+fn told(e: &qmp::Event, token: u64) -> Option<(usize, News)> {
     match e.name.as_str() {
-        "BLOCK_JOB_READY" => Some((number(&e.data)?, News::Ready)),
-        "BLOCK_JOB_ERROR" if e.data["action"] == "stop" => Some((number(&e.data)?, News::Stopped)),
-        _ => ended(e).map(|(disk, .., error)| (disk, News::Ended { error })),
+        "BLOCK_JOB_READY" => Some((number(&e.data, token)?, News::Ready)),
+        "BLOCK_JOB_ERROR" if e.data["action"] == "stop" => Some((number(&e.data, token)?, News::Stopped)),
+        _ => ended(e, token).map(|(disk, .., error)| (disk, News::Ended { error })),
     }
 }
 
 /// Disk, length, offset and error of a job's end.
-fn ended(e: &qmp::Event) -> Option<(usize, u64, u64, Option<String>)> {
+fn ended(e: &qmp::Event, token: u64) -> Option<(usize, u64, u64, Option<String>)> {
     let error = match e.name.as_str() {
         "BLOCK_JOB_COMPLETED" => e.data["error"].as_str().map(str::to_owned),
         // It is stopped, and would wait for ever.
@@ -331,18 +358,29 @@ fn ended(e: &qmp::Event) -> Option<(usize, u64, u64, Option<String>)> {
         _ => return None,
     };
     let n = |key: &str| e.data[key].as_u64().unwrap_or(0);
-    Some((number(&e.data)?, n("len"), n("offset"), error))
+    Some((number(&e.data, token)?, n("len"), n("offset"), error))
 }
 
-fn number(data: &Value) -> Option<usize> {
-    data["device"].as_str()?.strip_prefix(JOB)?.parse().ok()
+fn number(data: &Value, token: u64) -> Option<usize> {
+    let (whose, disk) = parts(data["device"].as_str()?.strip_prefix(JOB)?)?;
+    (whose == token).then_some(disk)
 }
 
-/// Ends jobs and removes nodes of ours, whoever left them.
-pub fn sweep(qmp: &Client) {
+/// Ends jobs and removes nodes under these numbers. Others are not touched, whatever they are called.
+pub fn sweep(qmp: &Client, tokens: &[u64]) {
+    if tokens.is_empty() {
+        return;
+    }
+    let known = |prefix: &'static str| {
+        move |name: &String| {
+            let of = name.strip_prefix(prefix).and_then(parts);
+            of.is_some_and(|(token, _)| tokens.contains(&token))
+        }
+    };
     let deadline = Instant::now() + END_TIMEOUT;
     loop {
-        let jobs = ours(qmp, "query-block-jobs", "device", JOB);
+        let mut jobs = named(qmp, "query-block-jobs", "device", JOB);
+        jobs.retain(known(JOB));
         if jobs.is_empty() || Instant::now() > deadline {
             break;
         }
@@ -352,14 +390,29 @@ pub fn sweep(qmp: &Client) {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    for node in ours(qmp, "query-named-block-nodes", "node-name", NODE) {
+    let mut nodes = named(qmp, "query-named-block-nodes", "node-name", NODE);
+    nodes.retain(known(NODE));
+    for node in nodes {
         if let Err(e) = qmp.execute("blockdev-del", json!({ "node-name": node })) {
             tracing::warn!(node, "a mirror's target stays in QEMU: {e}");
         }
     }
 }
 
-pub(super) fn ours(qmp: &Client, question: &str, key: &str, prefix: &str) -> Vec<String> {
+/// Jobs and nodes that a replicator made, with the numbers that they bear: none, if it was made by another kind.
+pub fn found(qmp: &Client) -> Vec<(String, Option<u64>)> {
+    let all = [
+        ("query-block-jobs", "device", JOB),
+        ("query-named-block-nodes", "node-name", NODE),
+    ];
+    let all = all
+        .iter()
+        .flat_map(|(question, key, prefix)| named(qmp, question, key, prefix).into_iter().map(move |n| (n, *prefix)));
+    let token = |name: &str, prefix| name.strip_prefix(prefix).and_then(parts).map(|(token, _)| token);
+    all.map(|(name, prefix)| (name.clone(), token(&name, prefix))).collect()
+}
+
+pub(super) fn named(qmp: &Client, question: &str, key: &str, prefix: &str) -> Vec<String> {
     let answer = qmp.execute(question, Value::Null).unwrap_or_default();
     let names = answer.as_array().into_iter().flatten().filter_map(|v| v[key].as_str());
     names.filter(|n| n.starts_with(prefix)).map(str::to_owned).collect()
@@ -380,24 +433,26 @@ mod tests {
 
     #[test]
     fn ends_are_told_from_each_other() {
-        let of = |name: &str, data: Value| told(&event(name, data));
+        let of = |name: &str, data: Value| told(&event(name, data), 0x19af);
         assert_eq!(
-            of("BLOCK_JOB_READY", json!({"device": "umbra-mirror-1"})),
+            of("BLOCK_JOB_READY", json!({"device": "umbra-mirror-19af-1"})),
             Some((1, News::Ready))
         );
-        assert_eq!(of("BLOCK_JOB_READY", json!({"device": "backup0"})), None);
-        let whole = json!({"device": "umbra-mirror-0", "len": 7, "offset": 7});
+        for other in ["backup0", "umbra-mirror-1", "umbra-mirror-19b0-1"] {
+            assert_eq!(of("BLOCK_JOB_READY", json!({ "device": other })), None, "{other}");
+        }
+        let whole = json!({"device": "umbra-mirror-19af-0", "len": 7, "offset": 7});
         assert_eq!(
-            ended(&event("BLOCK_JOB_COMPLETED", whole.clone())),
+            ended(&event("BLOCK_JOB_COMPLETED", whole.clone()), 0x19af),
             Some((0, 7, 7, None))
         );
-        let cancelled = ended(&event("BLOCK_JOB_CANCELLED", whole)).and_then(|(.., e)| e);
+        let cancelled = ended(&event("BLOCK_JOB_CANCELLED", whole), 0x19af).and_then(|(.., e)| e);
         assert!(cancelled.is_some_and(|e| e.contains("cancelled")));
-        let stopped = json!({"device": "umbra-mirror-0", "operation": "write", "action": "stop"});
+        let stopped = json!({"device": "umbra-mirror-19af-0", "operation": "write", "action": "stop"});
         assert!(matches!(of("BLOCK_JOB_ERROR", stopped), Some((0, News::Stopped))));
-        let reported = json!({"device": "umbra-mirror-0", "operation": "read", "action": "report"});
+        let reported = json!({"device": "umbra-mirror-19af-0", "operation": "read", "action": "report"});
         assert_eq!(of("BLOCK_JOB_ERROR", reported), None);
-        let broken = json!({"device": "umbra-mirror-0", "error": "No space left"});
+        let broken = json!({"device": "umbra-mirror-19af-0", "error": "No space left"});
         let news = of("BLOCK_JOB_COMPLETED", broken);
         assert_eq!(
             news,

@@ -19,7 +19,7 @@ use umbra_api::VmId;
 use umbra_api::order::{Refusal, RefusalCode};
 
 use super::door::Door;
-use super::mirror::{JOB, NODE, News, node, ours};
+use super::mirror::{self, NODE, News, named, node};
 use super::session::Event;
 use crate::qmp::Client;
 
@@ -31,11 +31,12 @@ const ASK_EVERY: Duration = Duration::from_secs(2);
 const READ_TIMEOUT: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// The number of the images that mirrors of exactly these disks wait for.
-pub fn waiting(qmp: &Client, disks: usize) -> Option<u64> {
-    let nodes = ours(qmp, "query-named-block-nodes", "node-name", NODE);
-    let token = token(&nodes, disks)?;
-    (0..disks).all(|n| job(qmp, n).is_some()).then_some(token)
+/// The number of the images that mirrors of exactly these disks wait for. Only what is on this replicator's record (`known`) is its own:
+/// another one's mirrors, whose number it does not have, are nothing to go on with.
+pub fn waiting(qmp: &Client, disks: usize, known: &[u64]) -> Option<u64> {
+    let nodes = named(qmp, "query-named-block-nodes", "node-name", NODE);
+    let token = token(&nodes, disks).filter(|t| known.contains(t))?;
+    (0..disks).all(|n| job(qmp, token, n).is_some()).then_some(token)
 }
 
 /// One number in the names of all nodes, each disk's once.
@@ -52,8 +53,8 @@ fn token(nodes: &[String], disks: usize) -> Option<u64> {
 }
 
 /// What QEMU says of a disk's mirror.
-pub fn job(qmp: &Client, disk: usize) -> Option<Value> {
-    let name = format!("{JOB}{disk}");
+pub fn job(qmp: &Client, token: u64, disk: usize) -> Option<Value> {
+    let name = mirror::job(token, disk);
     let jobs = qmp.execute("query-block-jobs", Value::Null).ok()?;
     jobs.as_array()?.iter().find(|j| j["device"] == name.as_str()).cloned()
 }
@@ -65,15 +66,16 @@ pub fn go_on(qmp: &Client, doors: Vec<Arc<Door>>, token: u64, events: &Sender<Ev
     let run = move || {
         let deadline = Instant::now() + RECONNECT_FOR;
         for (disk, door) in doors.iter().enumerate() {
-            let news = match reconnect(&qmp, &node(token, disk), door, deadline).and_then(|()| resume(&qmp, disk)) {
-                Ok(()) => News::Back,
-                Err(_) if door.is_closed() => return,
-                Err(why) => {
-                    // QEMU's main loop may wait for it.
-                    door.close();
-                    News::Ended { error: Some(why) }
-                }
-            };
+            let news =
+                match reconnect(&qmp, &node(token, disk), door, deadline).and_then(|()| resume(&qmp, token, disk)) {
+                    Ok(()) => News::Back,
+                    Err(_) if door.is_closed() => return,
+                    Err(why) => {
+                        // QEMU's main loop may wait for it.
+                        door.close();
+                        News::Ended { error: Some(why) }
+                    }
+                };
             if events.send(Event::Disk { disk, news }).is_err() {
                 return;
             }
@@ -113,12 +115,12 @@ fn reconnect(qmp: &Client, node: &str, door: &Door, deadline: Instant) -> Result
 }
 
 /// Ends the pause of a mirror that a failure stopped.
-fn resume(qmp: &Client, disk: usize) -> Result<(), String> {
-    let job = job(qmp, disk).ok_or("its mirror has ended")?;
+fn resume(qmp: &Client, token: u64, disk: usize) -> Result<(), String> {
+    let job = job(qmp, token, disk).ok_or("its mirror has ended")?;
     if job["io-status"] == "ok" && job["paused"] != true {
         return Ok(());
     }
-    let resumed = qmp.execute("block-job-resume", json!({"device": format!("{JOB}{disk}")}));
+    let resumed = qmp.execute("block-job-resume", json!({"device": mirror::job(token, disk)}));
     resumed
         .map(|_| ())
         .map_err(|e| format!("its mirror does not go on: {e}"))

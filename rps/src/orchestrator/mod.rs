@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_api::lifecycle::Stage;
 use umbra_api::order::{Order, Peak, Refusal, Tier};
-use umbra_api::replica::{Progress, ReplicaStatus, Role, ShadowMemory};
+use umbra_api::replica::{DiskProgress, Progress, ReplicaStatus, Role, ShadowMemory};
 use umbra_api::view::Mode;
 use umbra_api::{DecisionId, Epoch, HostId, OrderId, UnixMs, VmId};
 
@@ -216,9 +216,18 @@ impl Core {
 
     /// The copy's figures, from the source.
     pub fn progress(&self, s: &VmState) -> Option<Progress> {
+        self.source(s).map(|source| source.progress)
+    }
+
+    /// Its disks' copies, from the source.
+    pub fn disks(&self, s: &VmState) -> Vec<DiskProgress> {
+        self.source(s).map(|source| source.disks.clone()).unwrap_or_default()
+    }
+
+    fn source(&self, s: &VmState) -> Option<&ReplicaStatus> {
         s.shadow.as_ref()?;
         let source = fleet::replica(&self.fleet, &s.host, s.vm, Role::Source)?;
-        (source.epoch >= s.protection).then_some(source.progress)
+        (source.epoch >= s.protection).then_some(source)
     }
 
     /// What the shadow takes on its host, from the target.

@@ -125,6 +125,7 @@ impl Service {
             forecast: seen.and_then(|v| v.forecast.clone()),
             progress: engine.core.progress(s),
             shadow_memory: engine.core.shadow_memory(s),
+            disks: engine.core.disks(s),
             last_switchover: s.last_switchover,
             last_error: s.last_error.clone(),
             events,

@@ -1,5 +1,6 @@
 //! Umbra's own daemons: where their binaries are, their configurations, and starting them on a host.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -44,11 +45,13 @@ pub struct Binaries {
 }
 
 /// What a test has otherwise in its replicators' configuration.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Default, Debug)]
 pub struct Settings {
     /// They do what [`fault_file`] says.
     pub faults: bool,
     pub silence_ms: Option<u64>,
+    /// Images that are set aside for disks, by the path of the primary's.
+    pub disks: BTreeMap<PathBuf, PathBuf>,
 }
 
 /// Where a replicator looks for a fault that a test orders.
@@ -108,7 +111,7 @@ impl Binaries {
 
     pub fn start_replicator(&self, host: &Host) -> Result<Process> {
         let tls = self.certify(host)?;
-        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host, self.settings, &tls)?)?;
+        let mut replicator = self.start(host, "umbra-replicator", &replicator_toml(host, &self.settings, &tls)?)?;
         wait_healthy(host, REPLICATOR, &mut replicator)?;
         Ok(replicator)
     }
@@ -175,13 +178,16 @@ fn agent_toml(host: &Host, rps: &Host) -> String {
     )
 }
 
-fn replicator_toml(host: &Host, settings: Settings, tables: &str) -> Result<String> {
+fn replicator_toml(host: &Host, settings: &Settings, tables: &str) -> Result<String> {
     let mut more = String::new();
     if settings.faults {
         more += &format!("test_faults = \"{}\"\n", fault_file(host).display());
     }
     if let Some(ms) = settings.silence_ms {
         more += &format!("link.silence_ms = {ms}\n");
+    }
+    for (disk, image) in &settings.disks {
+        more += &format!("disks.\"{}\" = \"{}\"\n", disk.display(), image.display());
     }
     Ok(format!(
         "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\

@@ -77,6 +77,8 @@ pub struct VmSpec {
     pub scrub_s: u32,
     /// The guest writes a journal on each.
     pub disks: Vec<DiskSpec>,
+    /// Records that the guest writes on each of them a second, if not as many as it likes best.
+    pub disk_rate: Option<u64>,
     pub hardware: Hardware,
     pub boots: Boots,
     /// The folder of its images, if hosts share them; else each host has its own.
@@ -100,6 +102,7 @@ impl VmSpec {
             pattern_mib: None,
             scrub_s: 10,
             disks: Vec::new(),
+            disk_rate: None,
             hardware: Hardware::default(),
             boots: Boots::Linux,
             images: None,
@@ -127,9 +130,12 @@ impl VmSpec {
             [] => String::new(),
             some => format!(" umbra.disk={}", disk::names(some).join(",")),
         };
+        let rate = self
+            .disk_rate
+            .map_or_else(String::new, |n| format!(" umbra.disk_rate={n}"));
         format!(
             "console=ttyS0 quiet panic=-1 umbra.ip={}/24 umbra.pattern={pattern} umbra.dirty={} umbra.tick_ms=100 \
-             umbra.work_us={} umbra.scrub_s={}{disks}{}",
+             umbra.work_us={} umbra.scrub_s={}{disks}{rate}{}",
             self.ip,
             self.dirty,
             self.work_us,

@@ -43,6 +43,7 @@ pub fn settings() -> daemons::Settings {
     daemons::Settings {
         faults: true,
         silence_ms: Some(SILENCE.as_millis() as u64),
+        ..daemons::Settings::default()
     }
 }
 

@@ -1,5 +1,6 @@
 //! A protection whose copy broke off: ends the old pass for good, waits, and begins a new one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -19,6 +20,7 @@ use crate::resume::retry::{GIVE_UP_AFTER, Retry};
 use crate::source::control::unreachable;
 use crate::source::machine::{Input, State};
 use crate::source::migration::Rates;
+use crate::source::mirror::Mirrors;
 use crate::source::pressure::Pressure;
 use crate::source::times::Times;
 
@@ -37,6 +39,8 @@ pub(super) struct Again {
     at: Option<Instant>,
     /// Of passes that broke off, and what the target told of its pages.
     wire_bytes: u64,
+    /// Of disks, by the primary's image.
+    disk_bytes: BTreeMap<String, u64>,
     /// The replicator ends: what is broken stays so until its restart.
     stopping: bool,
 }
@@ -44,6 +48,14 @@ pub(super) struct Again {
 impl Again {
     pub(super) fn pumps(&mut self, thread: JoinHandle<()>) {
         self.pump = Some(thread);
+    }
+
+    pub(super) fn travelled(&self) -> &BTreeMap<String, u64> {
+        &self.disk_bytes
+    }
+
+    pub(super) fn note_travelled(&mut self, mirrors: &Mirrors) {
+        self.disk_bytes.extend(mirrors.travelled());
     }
 
     fn pump_ended(&self) -> bool {

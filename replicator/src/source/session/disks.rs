@@ -3,15 +3,53 @@
 use std::sync::PoisonError;
 use std::time::Instant;
 
-use umbra_api::order::RefusalCode;
-use umbra_api::wire::control::Message;
+use umbra_api::order::{Refusal, RefusalCode};
+use umbra_api::wire::control::{Disk, Message};
 
 use super::Session;
 use crate::faults::Side;
+use crate::qmp::Client;
 use crate::source::machine::{Input, State};
 use crate::source::migration::Migration;
+use crate::source::mirror;
 
 impl Session {
+    /// Numbers of the mirrors that this replicator, or one before it, made or was about to make in the primary.
+    pub(super) fn mirrors_on_record(&self) -> Vec<u64> {
+        let source = self.core.journal.get(self.plan.vm).and_then(|r| r.source);
+        source.map(|s| s.mirrors).unwrap_or_default()
+    }
+
+    /// Before new mirrors are made: ends those of ours that nobody goes on with, refuses where somebody else's are, and has the new ones'
+    /// number on record, so that they are known whatever dies next.
+    pub(super) fn make_way(&self, qmp: &Client, token: u64, disks: &[Disk]) -> Result<(), Refusal> {
+        let known = self.mirrors_on_record();
+        mirror::sweep(qmp, &known);
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let there = mirror::found(qmp);
+        let mut left: Vec<u64> = known
+            .into_iter()
+            .filter(|t| there.iter().any(|(_, of)| *of == Some(*t)))
+            .collect();
+        let strange = there.iter().find(|(_, of)| of.is_none_or(|t| !left.contains(&t)));
+        if let Some((name, _)) = strange {
+            let detail = format!(
+                "the VM has a mirror {name} that this replicator does not have on record, and does not touch: if no other replicator \
+                 copies the VM, end it by QMP (block-job-cancel with force, then blockdev-del of umbra-nbd-…)"
+            );
+            return Err(Refusal::new(RefusalCode::Local, detail));
+        }
+        left.push(token);
+        let noted = self.core.journal.update(self.plan.vm, |r| {
+            if let Some(source) = r.source.as_mut() {
+                source.mirrors = left;
+            }
+        });
+        noted.map_err(|e| Refusal::new(RefusalCode::Local, e.to_string()))
+    }
+
     /// The guest is stopped and its writes are drained: makes the disks equal, and lets QEMU go on.
     pub(super) fn pre_switchover(&mut self) {
         if !matches!(self.machine.state, State::Stopping { .. }) {
@@ -54,6 +92,7 @@ impl Session {
             }
             return;
         };
+        self.again.note_travelled(&mirrors);
         let lost = match &self.machine.state {
             State::Ended { error: Some(e) } | State::Broken { error: e } => e.code == RefusalCode::PeerUnreachable,
             _ => false,

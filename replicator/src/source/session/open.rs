@@ -37,7 +37,7 @@ impl Session {
             .qmp
             .clone()
             .ok_or_else(|| Refusal::new(RefusalCode::QmpUnavailable, "no QMP connection"))?;
-        let waiting = park::waiting(&qmp, disks.len());
+        let waiting = park::waiting(&qmp, disks.len(), &self.mirrors_on_record());
         let hello = Message::Hello {
             resume: waiting,
             vm: plan.vm,
@@ -57,13 +57,18 @@ impl Session {
         let mut ram = Control::attach(&self.target(), self.times(), session)?;
         let known = self.what_is_held(&mut ram, &files)?;
         let resumed = waiting.filter(|_| resumed);
+        let token = resumed.unwrap_or(session);
+        if resumed.is_none() {
+            self.make_way(&qmp, token, &disks)?;
+        }
         let plan = &self.plan;
         let way = Way {
             dir: &self.core.config.run_dir,
             qemu: plan.process,
             core: &self.core,
             pace: &self.pump,
-            token: resumed.unwrap_or(session),
+            token,
+            travelled: self.again.travelled(),
             resumed: resumed.is_some(),
             connect: &|disk| Control::attach_disk(&self.target(), self.times(), session, disk),
         };
@@ -113,7 +118,7 @@ impl Session {
             (Durable::HandedOver { .. }, _) | (_, None) => {}
             // Of a guest that runs: one that is stopped may have been at its disks' end.
             (Durable::Protecting, Some(_)) if primary == Primary::Runs => self.core.parked.note(self.plan.vm),
-            (_, Some(qmp)) => mirror::sweep(qmp),
+            (_, Some(qmp)) => mirror::sweep(qmp, &self.mirrors_on_record()),
         }
         self.publish();
     }
