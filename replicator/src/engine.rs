@@ -20,9 +20,10 @@ use umbra_daemon::config::Invalid;
 mod adoptable;
 mod arrive;
 mod facts;
-mod fences;
+mod farewell;
 mod parked;
 mod recover;
+mod tell;
 
 pub use arrive::{Hello, Welcome};
 
@@ -121,7 +122,7 @@ impl Engine {
         }
         engine.sweep();
         let engine = Arc::new(engine);
-        fences::keep_telling(&engine)?;
+        tell::keep_telling(&engine)?;
         parked::watch(&engine)?;
         Ok(engine)
     }
@@ -408,6 +409,7 @@ impl Engine {
             epoch: order.epoch,
             durable: SourceDurable::Protecting,
             qemu,
+            migrated_ms: None,
             pacing,
             since: unix_ms(),
             report: None,
@@ -419,6 +421,7 @@ impl Engine {
             r.remember(order.id);
             r.name.clone_from(&adopted.name);
             r.source = Some(record.after(r.source.take()));
+            r.farewells.retain(|f| f.host != *target || f.epoch != order.epoch);
         });
         noted.map_err(|e| local(&e))?;
         let plan = source::session::Plan {

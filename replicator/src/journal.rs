@@ -24,10 +24,13 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::launch::ShadowRecord;
 use crate::proc::ProcessId;
+use crate::resume::held::HELD_FOR;
 use crate::{source, target};
 
 /// Orders that are remembered, so that one which is sent again does nothing new.
 const ORDERS_KEPT: usize = 32;
+/// Targets that can't be reached drop what they hold by themselves: only the latest are told.
+const FAREWELLS_KEPT: usize = 8;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,6 +45,26 @@ pub struct VmRecord {
     /// A host that an operator declared dead, until it was told.
     #[serde(default)]
     pub fence: Option<Fence>,
+    /// Copies from here whose targets may not know that they have ended.
+    #[serde(default)]
+    pub farewells: Vec<Farewell>,
+}
+
+/// A target that is to be told of a copy's end.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Farewell {
+    pub host: HostId,
+    pub link: String,
+    pub epoch: Epoch,
+    pub since: UnixMs,
+}
+
+impl Farewell {
+    /// By now the target holds nothing any more, told or not. A clock that was set back makes nothing later.
+    pub fn is_late(&self, now: UnixMs) -> bool {
+        u128::from(now.since(self.since).unsigned_abs()) > HELD_FOR.as_millis()
+    }
 }
 
 /// The copy on that host must end when it is back.
@@ -63,6 +86,9 @@ pub struct SourceRecord {
     pub epoch: Epoch,
     pub durable: source::machine::Durable,
     pub qemu: QemuRef,
+    /// When that QEMU had taken the copy's last migration: see [`source::whose`].
+    #[serde(default)]
+    pub migrated_ms: Option<u64>,
     #[serde(default)]
     pub pacing: Pacing,
     pub since: UnixMs,
@@ -132,6 +158,7 @@ impl VmRecord {
             source: None,
             target: None,
             fence: None,
+            farewells: Vec::new(),
         }
     }
 
@@ -151,6 +178,7 @@ impl VmRecord {
         use source::machine::Durable;
         self.epoch = self.epoch.max(durable.epoch().unwrap_or(self.epoch));
         let Some(source) = self.source.as_mut() else { return };
+        let copied = source.durable == Durable::Protecting;
         source.durable = durable;
         match durable {
             Durable::TakingBack { epoch } => {
@@ -170,6 +198,16 @@ impl VmRecord {
                 }
             }
             Durable::Fenced { epoch } => source.epoch = source.epoch.max(epoch),
+            Durable::Released if copied => {
+                self.farewells.push(Farewell {
+                    host: source.peer.clone(),
+                    link: source.link.clone(),
+                    epoch: source.epoch,
+                    since: now,
+                });
+                let oldest = self.farewells.len().saturating_sub(FAREWELLS_KEPT);
+                self.farewells.drain(..oldest);
+            }
             Durable::HandedOver { .. } => {
                 source.report = Some(report);
                 // The shadow that this VM once was here is now the stopped primary's.
@@ -389,6 +427,36 @@ mod tests {
         assert_eq!(target.shadow.as_ref().map(|s| s.session), Some(9));
         r.target_writes(Target::Fenced { epoch: epoch(2) }, None);
         assert_eq!(r.epoch, epoch(6), "an epoch never sinks");
+    }
+
+    #[test]
+    fn only_a_copy_that_ends_undecided_leaves_its_target_a_word() {
+        use source::machine::Durable as Source;
+        let mut r: VmRecord = serde_json::from_value(serde_json::json!({
+            "vm": vm(), "name": "web", "epoch": 4, "orders": [], "target": null,
+            "source": {
+                "peer": "b", "link": "b:1", "epoch": 4, "durable": {"phase": "protecting"}, "since": 0, "report": null,
+                "qemu": {"id": {"pid": 1, "starttime": 1}, "qmp": []}, "leftover": null,
+            },
+        }))
+        .unwrap();
+        let report = SwitchoverReport::default();
+        let told = |r: &VmRecord| r.farewells.iter().map(|f| f.epoch.0).collect::<Vec<_>>();
+        let epoch = Epoch(5);
+        // Its target is asked about that epoch, and answers.
+        r.source_writes(Source::Aborting { epoch }, report, UnixMs(1));
+        r.source_writes(Source::Released, report, UnixMs(2));
+        assert!(told(&r).is_empty());
+        for n in 6..16 {
+            let source = r.source.as_mut().unwrap();
+            (source.durable, source.epoch) = (Source::Protecting, Epoch(n));
+            r.source_writes(Source::Released, report, UnixMs(n as i64));
+            r.source_writes(Source::Released, report, UnixMs(n as i64));
+        }
+        assert_eq!(told(&r), (8..16).collect::<Vec<_>>(), "each once, the latest ones");
+        let first = &r.farewells[0];
+        let late = first.since.0 + HELD_FOR.as_millis() as i64;
+        assert!(!first.is_late(UnixMs(late)) && first.is_late(UnixMs(late + 1)));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use umbra_api::order::OrderKind;
 use umbra_api::replica::{Phase, ReplicaStatus, Resumption, Role};
 use umbra_tests::lab::pair::{Pair, with_pair};
 use umbra_tests::lab::process::wait_for;
@@ -98,6 +99,42 @@ fn a_copy_that_breaks_off_goes_on_and_few_pages_travel_again() {
 
         pair.switchover("a")?;
         ensure!(pair.wait_runs()? == "b", "and it can move");
+        pair.verify()
+    });
+}
+
+#[test]
+fn the_end_of_a_copy_reaches_its_target_when_the_link_is_back() {
+    with_pair("farewell", &spec(), |pair| {
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        pair.lab.set_uplink("b", false)?;
+        broken(pair)?;
+        let held = |pair: &Pair| {
+            let files = pair.ram_files("b")?;
+            Ok::<_, anyhow::Error>(files.iter().any(|f| f.extension().is_some_and(|e| e == "held")))
+        };
+        wait_for("the target to put the memory aside", NOTICED, || {
+            Ok(held(pair)?.then_some(()))
+        })?;
+        let epoch = source(pair, "a")?.epoch;
+        pair.order("a", epoch, OrderKind::Release)?;
+        wait_for("the copy to end", NOTICED, || {
+            Ok((source(pair, "a")?.phase == Phase::Released).then_some(()))
+        })?;
+        // What is owed to the target is on disk.
+        pair.kill_replicator("a")?;
+        pair.restart_replicator("a")?;
+        ensure!(held(pair)?, "the target can't know yet");
+
+        pair.lab.set_uplink("b", true)?;
+        wait_for("the target to free the memory", NOTICED, || {
+            Ok(pair.ram_files("b")?.is_empty().then_some(()))
+        })?;
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        pair.switchover("a")?;
+        ensure!(pair.wait_runs()? == "b", "it can be copied again, and move");
         pair.verify()
     });
 }

@@ -103,6 +103,13 @@ pub enum Message {
         epoch: Epoch,
         dead: bool,
     },
+    /// Told on a new connection: the source's copy of `vm`, begun in `epoch`, is over, and nobody comes for its memory. Answered by
+    /// `Aborted` once nothing of it is left.
+    Ended {
+        vm: VmId,
+        epoch: Epoch,
+        host: HostId,
+    },
     /// Asked on a new connection: could a shadow like this be held? Nothing is started.
     Check {
         vm: VmId,

@@ -1,7 +1,7 @@
 //! An operator's way out of what ends by itself no more, and the word of a peer that has taken it.
 //!
 //! A copy is started here only after the other side has made durable that its own never runs (`Fence`), or after an operator has
-//! declared that host dead, which is noted first and told to it for as long as it takes (`fences`).
+//! declared that host dead, which is noted first and told to it for as long as it takes (`tell`).
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -20,7 +20,6 @@ use crate::launch::{self, Images};
 use crate::link::Identity;
 use crate::proc;
 use crate::qmp::Client;
-use crate::source::control::{Control, Target, Timeouts};
 use crate::source::machine::{Durable as SourceDurable, Input as SourceInput};
 use crate::target::machine::{Durable as TargetDurable, Input as TargetInput};
 use crate::target::session::{Event, Reply};
@@ -69,21 +68,12 @@ impl Engine {
             let detail = format!("the link address of {} is not known here", fence.host);
             Refusal::new(RefusalCode::PeerUnreachable, detail)
         })?;
-        let to = Target {
-            link,
-            host: &fence.host,
-            security: self.core.security(),
-        };
-        let times = Timeouts {
-            connect: Duration::from_millis(self.core.config.link.connect_timeout_ms),
-            silence: self.silence() + QUIT_TIMEOUT,
-        };
         let question = Message::Fence {
             vm,
             epoch: fence.epoch,
             dead,
         };
-        match Control::ask(&to, times, &question)?.1 {
+        match self.ask_peer(&fence.host, link, self.silence() + QUIT_TIMEOUT, &question)? {
             Message::Aborted { epoch } if epoch == fence.epoch => Ok(()),
             Message::Refused { refusal } => Err(Refusal::new(
                 match refusal.code {

@@ -419,4 +419,4 @@ fn settle(state: &mut State, id: u64, answer: Answer) {
 
 #[cfg(test)]
 #[path = "client_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -12,7 +12,7 @@ use super::*;
 
 const GREETING: &[u8] = b"{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}}}}\r\n";
 
-struct Peer {
+pub(crate) struct Peer {
     stream: UnixStream,
     lines: BufReader<UnixStream>,
 }
@@ -31,7 +31,7 @@ impl Peer {
         peer
     }
 
-    fn command(&mut self) -> (Value, u64) {
+    pub(crate) fn command(&mut self) -> (Value, u64) {
         let mut line = String::new();
         self.lines.read_line(&mut line).unwrap();
         let command: Value = serde_json::from_str(&line).unwrap();
@@ -39,7 +39,7 @@ impl Peer {
         (command, id)
     }
 
-    fn say(&mut self, value: Value) {
+    pub(crate) fn say(&mut self, value: Value) {
         self.stream.write_all(format!("{value}\r\n").as_bytes()).unwrap();
     }
 
@@ -48,7 +48,7 @@ impl Peer {
     }
 }
 
-fn played(play: impl FnOnce(Peer) + Send + 'static) -> (tempfile::TempDir, Client, JoinHandle<()>) {
+pub(crate) fn played(play: impl FnOnce(Peer) + Send + 'static) -> (tempfile::TempDir, Client, JoinHandle<()>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
     let listener = UnixListener::bind(&path).unwrap();

@@ -718,6 +718,14 @@ mod tests {
                     m.apply(Input::LinkLost("again".into())),
                     [Action::Abandon, Action::HangUp]
                 );
+                // Its own migration has not ended yet: later. One of somebody else: never.
+                assert_eq!(m.apply(Input::Again), [Action::Begin]);
+                let mut theirs = m.clone();
+                let ours = Input::MigrationFailed("it is cancelling".into());
+                assert_eq!(m.apply(ours), [Action::Abandon, Action::HangUp]);
+                assert!(!m.is_over());
+                theirs.apply(Input::Interfered("a migration was started".into()));
+                assert!(theirs.is_over());
                 let mut other = m.clone();
                 assert_eq!(m.apply(Input::Release), [Action::Write(Durable::Released)]);
                 assert_eq!((m.phase(), m.is_over()), (Phase::Released, true));

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::machine::Input;
 use super::session::Event;
+use super::whose;
 use crate::proc::ProcessId;
 use crate::qmp::{Client, QmpError};
 use crate::stream::return_path;
@@ -62,6 +63,8 @@ pub struct Migration {
     /// QEMU's main loop, and the threads that it started for the migration.
     threads: Vec<i32>,
     throttle: bool,
+    /// When QEMU had taken it, see [`whose`].
+    pub answered_ms: u64,
 }
 
 /// What QEMU tells of a guest that is too fast.
@@ -114,6 +117,7 @@ impl Migration {
         watch(qmp, events.clone());
         let before = urgent::threads(qemu.pid);
         qmp.execute("migrate", json!({"uri": "fd:umbra-migration"}))?;
+        let answered_ms = whose::now_ms();
         let mut threads = urgent::threads(qemu.pid);
         threads.retain(|t| *t == qemu.pid || !before.contains(t));
         Ok((
@@ -122,6 +126,7 @@ impl Migration {
                 socket: ours,
                 threads,
                 throttle,
+                answered_ms,
             },
             reader,
         ))

@@ -81,6 +81,20 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// Somebody wants it, as opposed to what happens to a pass.
+    fn is_order(&self) -> bool {
+        match self {
+            Self::Stop => true,
+            Self::Input(input) => matches!(
+                input,
+                Input::Switchover { .. } | Input::Release | Input::Fenced { .. } | Input::Ask | Input::Yield { .. }
+            ),
+            _ => false,
+        }
+    }
+}
+
 /// What the engine holds of a session.
 pub struct Handle {
     pub events: Sender<Event>,
@@ -343,7 +357,8 @@ impl Session {
             Input::MigrationFailed(_) if self.is_copying() && self.plan.process.gone_soon() => {
                 return self.input(Input::PrimaryGone);
             }
-            Input::MigrationFailed(_) if self.is_primary_gone() => self.input(Input::PrimaryGone),
+            // Of a broken copy it is looked at each time: an old pass's last words need no patience.
+            Input::MigrationFailed(_) if !self.is_broken() && self.is_primary_gone() => self.input(Input::PrimaryGone),
             _ => {}
         }
         self.input(input);

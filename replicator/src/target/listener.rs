@@ -189,6 +189,12 @@ fn open(
             reply.send(&Message::Checked { lacks });
             Ok(None)
         }
+        Message::Ended { vm, epoch, host } => {
+            proven(&host)?;
+            engine.ended(vm, epoch, &host)?;
+            reply.send(&Message::Aborted { epoch });
+            Ok(None)
+        }
         Message::Fence { vm, epoch, dead } => engine.fence(vm, epoch, dead, from, reply),
         other => Err(Refusal::new(
             RefusalCode::BadOrder,

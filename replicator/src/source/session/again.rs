@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use serde_json::Value;
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::{Message, RamBlock, ShadowSpec};
 
-use super::Session;
+use super::{Event, Session};
 use crate::adopt::{self, Adopted};
 use crate::engine::unix_ms;
 use crate::link::{Closer, Link};
@@ -23,6 +24,7 @@ use crate::source::migration::Rates;
 use crate::source::mirror::Mirrors;
 use crate::source::pressure::Pressure;
 use crate::source::times::Times;
+use crate::source::whose::{self, Whose};
 
 /// For a pump whose sockets are closed to end.
 const PUMP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,6 +68,10 @@ impl Again {
 impl Session {
     pub(super) fn is_copying(&self) -> bool {
         matches!(self.machine.state, State::Seeding | State::Standby)
+    }
+
+    pub(super) fn is_broken(&self) -> bool {
+        matches!(self.machine.state, State::Broken { .. })
     }
 
     pub(super) fn warm(&mut self, now: Instant) {
@@ -125,7 +131,7 @@ impl Session {
 
     /// Nothing more is done here: a restart goes on.
     pub(super) fn is_left(&self) -> bool {
-        self.again.stopping && matches!(self.machine.state, State::Broken { .. })
+        self.again.stopping && self.is_broken()
     }
 
     /// What a broken copy has to do by now.
@@ -171,6 +177,7 @@ impl Session {
             return Some(Input::LinkLost("the broken pass has not ended yet".into()));
         }
         // Only now: words of the old pass may have come since it ended.
+        drop_old_words(&self.events, &self.sender);
         self.pressure = Pressure::new(self.plan.pacing.not_converging);
         self.rates = Rates::default();
         self.times = Times::default();
@@ -195,6 +202,23 @@ impl Session {
         }
     }
 
+    /// The migration that QEMU has just taken is ours, and a restarted replicator is to know it.
+    pub(super) fn note_migration(&self, answered_ms: u64) {
+        let noted = self.core.journal.update(self.plan.vm, |r| {
+            if let Some(s) = r.source.as_mut() {
+                s.migrated_ms = Some(answered_ms);
+            }
+        });
+        if let Err(e) = noted {
+            // The copy is well. If it breaks off, and QEMU is slow to end it then, it is not begun anew.
+            tracing::warn!(vm = %self.plan.vm, "journal: {e}");
+        }
+    }
+
+    fn migrated_ms(&self) -> Option<u64> {
+        self.core.journal.get(self.plan.vm)?.source?.migrated_ms
+    }
+
     /// What the shadow is to be now: while nobody watched, devices may have come and gone. The inner error is what somebody else
     /// has made of the VM, with which no copy can begin.
     fn look_anew(&mut self) -> Result<Result<ShadowSpec, String>, Refusal> {
@@ -206,26 +230,76 @@ impl Session {
             let detail = format!("the VM is another process now, {}", adopted.process.id.pid);
             return Err(Refusal::new(RefusalCode::NoSuchVm, detail));
         }
-        if let Some(what) = changed(&adopted)? {
+        if let Some(what) = stopped(&adopted)? {
             return Ok(Err(what));
+        }
+        match whose::ask(&adopted.qmp, self.migrated_ms())? {
+            Whose::Nobodys => {}
+            Whose::Unended(state) => {
+                let detail = format!("the broken pass's migration has not ended yet (QEMU says {state})");
+                return Err(Refusal::new(RefusalCode::QmpUnavailable, detail));
+            }
+            Whose::Others(state) => {
+                let what = format!("a migration was started by somebody else (QEMU says {state})");
+                return Ok(Err(what));
+            }
         }
         self.qmp = Some(adopted.qmp);
         Ok(Ok(adopted.spec))
     }
 }
 
-/// What somebody else does with the VM, of what is none of a copy's business to end.
-fn changed(adopted: &Adopted) -> Result<Option<String>, QmpError> {
-    let status = adopted.qmp.execute("query-status", Value::Null)?;
-    if status["running"].as_bool() != Some(true) {
-        let says = status["status"].as_str().unwrap_or("unknown");
-        return Ok(Some(format!(
-            "the guest was stopped by somebody else (QEMU says {says})"
-        )));
+/// What the old pass still said is no word about the new one. What was ordered meanwhile comes next.
+fn drop_old_words(events: &Receiver<Event>, back: &Sender<Event>) {
+    let waiting: Vec<Event> = events.try_iter().collect();
+    for order in waiting.into_iter().filter(Event::is_order) {
+        // Its other end is ours.
+        let _ = back.send(order);
     }
-    let migration = adopted.qmp.execute("query-migrate", Value::Null)?;
-    Ok(match migration["status"].as_str() {
-        None | Some("none" | "completed" | "failed" | "cancelled") => None,
-        Some(other) => Some(format!("a migration was started by somebody else (QEMU says {other})")),
-    })
+}
+
+/// Who has stopped the guest, if somebody has.
+fn stopped(adopted: &Adopted) -> Result<Option<String>, QmpError> {
+    let status = adopted.qmp.execute("query-status", Value::Null)?;
+    let says = status["status"].as_str().unwrap_or("unknown");
+    let runs = status["running"].as_bool() == Some(true);
+    Ok((!runs).then(|| format!("the guest was stopped by somebody else (QEMU says {says})")))
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_api::Epoch;
+
+    use super::*;
+
+    #[test]
+    fn the_old_passs_last_words_are_not_heard_in_the_new_one() {
+        let (sender, events) = std::sync::mpsc::channel();
+        let failed = || Event::Input(Input::MigrationFailed("QEMU closed the migration".into()));
+        let switch = || Event::Input(Input::Switchover { epoch: Epoch(3) });
+        for event in [
+            failed(),
+            Event::QmpClosed,
+            switch(),
+            Event::Interfered("the guest shuts down".into()),
+            failed(),
+            Event::Input(Input::Release),
+            Event::Stop,
+        ] {
+            sender.send(event).unwrap();
+        }
+        drop_old_words(&events, &sender);
+        let left: Vec<Event> = events.try_iter().collect();
+        assert!(
+            matches!(
+                left[..],
+                [
+                    Event::Input(Input::Switchover { epoch: Epoch(3) }),
+                    Event::Input(Input::Release),
+                    Event::Stop
+                ]
+            ),
+            "{left:?}"
+        );
+    }
 }

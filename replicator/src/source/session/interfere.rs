@@ -37,7 +37,10 @@ impl Session {
     }
 
     pub(super) fn qmp_closed(&mut self) {
-        // Of a pass that is over: the present one has its own.
+        // Of a pass that is over: the present one has its own, and a broken copy is looked at each time.
+        if self.is_broken() {
+            return;
+        }
         if self.qmp.as_ref().is_some_and(|q| !q.is_closed()) {
             return;
         }

@@ -81,7 +81,9 @@ impl Session {
             qemu: plan.process.pid,
             threads: migration.own_threads(plan.process),
         };
+        let answered_ms = migration.answered_ms;
         self.migration = Some(migration);
+        self.note_migration(answered_ms);
         let pump = Pump {
             socket,
             ram: ram.writer,
@@ -106,9 +108,16 @@ impl Session {
     pub(super) fn recover(&mut self, durable: Durable) {
         urgent::calm(self.plan.process);
         let primary = ask_primary(self.plan.process, self.qmp.as_ref());
-        let primary = primary.unwrap_or_else(|e| {
-            tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
-            Primary::Stopped
+        let primary = primary.unwrap_or_else(|e| match durable {
+            // Whether a copy can go on is looked at before its next pass.
+            Durable::Protecting => {
+                tracing::warn!(vm = %self.plan.vm, "the primary does not answer: {e}");
+                Primary::Runs
+            }
+            _ => {
+                tracing::warn!(vm = %self.plan.vm, "the primary does not answer ({e}): taken for stopped, the target decides");
+                Primary::Stopped
+            }
         });
         let (machine, actions) = Machine::resume(durable, primary == Primary::Stopped, primary == Primary::Gone);
         self.machine = machine;
