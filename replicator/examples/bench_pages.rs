@@ -103,6 +103,7 @@ impl Ends {
         let ram = RamFile::of_shadow(&path, ProcessId::of(std::process::id() as i32)?)?;
         let mut encoder = Encoder::new(Settings {
             level_min: 1,
+            level_rounds: 1,
             level_max: 1,
             delta_cache_bytes: if known { 64 << 20 } else { 0 },
         })?;

@@ -157,6 +157,7 @@ impl Ends {
                 self.setup = Some(s.clone());
                 let mut encoder = Encoder::new(encode::Settings {
                     level_min: 1,
+                    level_rounds: 1,
                     level_max: 3,
                     delta_cache_bytes: 16 << 20,
                 })?;

@@ -6,7 +6,8 @@
 //!           sending > 3 × packing                      packing > sending
 //! level + 1 <────────────────── each 4 MiB of pages ──────────────────> level - 1
 //! ```
-//! A level costs at most twice the one below, so one step up does not lead to a step down.
+//! A level costs at most twice the one below, so one step up does not lead to a step down. There is no level 0: it is zstd's name for
+//! its default. Rounds may go lower than the first copy: they are small, go on for days, and cost CPU that the guests want.
 
 use std::time::Duration;
 
@@ -41,6 +42,16 @@ impl Level {
         self.now
     }
 
+    /// From now on it may be as low as this. Where the link has kept up, it is at once. Returns the level if it is another one now.
+    pub fn lower(&mut self, min: i32) -> Option<i32> {
+        let (before, was_least) = (self.now, self.now == self.min);
+        *self = Self {
+            now: if was_least { min.min(self.now) } else { self.now },
+            ..Self::new(min.min(self.min), self.max)
+        };
+        (self.now != before).then_some(self.now)
+    }
+
     /// So many bytes before compression were packed and sent, and how long each took. Returns the level if it is another one now.
     pub fn sent(&mut self, raw: usize, packing: Duration, sending: Duration) -> Option<i32> {
         self.raw += raw;
@@ -51,15 +62,23 @@ impl Level {
         }
         let before = self.now;
         if self.sending > self.packing * UP {
-            self.now = (self.now + 1).min(self.max);
+            self.now = step(self.now, 1).min(self.max);
         } else if self.packing > self.sending {
-            self.now = (self.now - 1).max(self.min);
+            self.now = step(self.now, -1).max(self.min);
         }
         *self = Self {
             now: self.now,
             ..Self::new(self.min, self.max)
         };
         (self.now != before).then_some(self.now)
+    }
+}
+
+/// To the next level, which 0 is not.
+fn step(level: i32, by: i32) -> i32 {
+    match level + by {
+        0 => by,
+        next => next,
     }
 }
 
@@ -107,5 +126,26 @@ mod tests {
         assert_eq!(level.sent(WINDOW, long, short), Some(2));
         assert_eq!(level.sent(WINDOW, long, short), None);
         assert_eq!(Level::new(5, 1).get(), 5);
+    }
+
+    #[test]
+    fn rounds_begin_low_where_the_link_keeps_up_and_never_use_level_0() {
+        let (short, long) = (Duration::from_millis(1), Duration::from_millis(9));
+        let mut level = Level::new(1, 6);
+        assert_eq!(level.lower(-3), Some(-3));
+        let up: Vec<_> = (0..5).map(|_| level.sent(WINDOW, short, long)).collect();
+        assert_eq!(up, [Some(-2), Some(-1), Some(1), Some(2), Some(3)]);
+        let down: Vec<_> = (0..7).map(|_| level.sent(WINDOW, long, short)).collect();
+        assert_eq!(down, [Some(2), Some(1), Some(-1), Some(-2), Some(-3), None, None]);
+        let mut slow = Level::new(1, 6);
+        slow.sent(WINDOW, short, long);
+        assert_eq!(
+            (slow.lower(-3), slow.get()),
+            (None, 2),
+            "the link was slower than packing"
+        );
+        assert_eq!(slow.sent(WINDOW, long, short), Some(1));
+        let mut fixed = Level::new(9, 9);
+        assert_eq!((fixed.lower(9), fixed.get()), (None, 9));
     }
 }

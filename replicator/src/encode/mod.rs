@@ -6,7 +6,7 @@
 //!   is a version kept here, as it was             same    nothing
 //!   is a version kept here, and changed little    delta   the change
 //!   has the hash that the target's page has       same    nothing
-//!   has the hash of another page of the target    known   that page's number
+//!   has the hash of another page of the target    known   that page's number       (both are looked for by a sum that costs less)
 //!   else                                          full    its bytes
 //! ```
 //! A batch holds pages of one block in the order they came. Its data, deltas and whole pages, is compressed as one zstd frame, so that
@@ -28,14 +28,16 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use umbra_api::replica::PageKinds;
+use umbra_api::wire::hashes::Sums;
 use umbra_api::wire::pages::{BATCH_PAGES_MAX, DELTA_MAX, Encoding, HEAD_MAX, PageKind, Runs, encode_head, put_known};
 use umbra_api::wire::setup::StreamSetup;
 use xxhash_rust::xxh3::Xxh3;
 use zstd::bulk::Compressor;
 
-use self::held::{Held, Layout, PageHash, Spot};
+use self::held::{Held, Layout, MANY, PageHash, Spot};
 use self::level::Level;
 use self::versions::Versions;
+use crate::resume::scrub::{Noted, Sent};
 use crate::stream::Page;
 use crate::stream::items::PAGE_SIZE;
 
@@ -54,8 +56,9 @@ pub fn is_zero(page: &Page) -> bool {
 /// What an encoder may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Settings {
-    /// zstd's levels; a highest of 0 is no compression.
+    /// zstd's levels; a highest of 0 is no compression. Rounds have a lowest of their own, which may be below 0: zstd's fast ones.
     pub level_min: i32,
+    pub level_rounds: i32,
     pub level_max: i32,
     /// For the versions that deltas are made against.
     pub delta_cache_bytes: usize,
@@ -63,10 +66,15 @@ pub struct Settings {
 
 /// Collects pages, and gives each full batch to a function.
 pub struct Encoder {
+    settings: Settings,
     compressor: Option<Compressor<'static>>,
     level: Level,
     layout: Layout,
     held: Held,
+    /// Sums of all pages as they were sent.
+    sums: Sent,
+    /// Whole pages of this batch whose hash is not in `held` yet, and where in `raw` they are.
+    unhashed: Vec<(Spot, usize)>,
     versions: Versions,
     block: u16,
     runs: Runs,
@@ -100,10 +108,13 @@ impl Encoder {
             _ => Some(Compressor::new(level.get())?),
         };
         Ok(Self {
+            settings,
             compressor,
             level,
             layout: Layout::default(),
             held: Held::default(),
+            sums: Sent::default(),
+            unhashed: Vec::with_capacity(MANY),
             versions: Versions::new(settings.delta_cache_bytes),
             block: 0,
             runs: Runs::default(),
@@ -121,6 +132,7 @@ impl Encoder {
     pub fn setup(&mut self, setup: &StreamSetup) {
         self.layout = Layout::new(setup);
         self.held = Held::new(self.layout.pages());
+        self.sums.begin(setup);
     }
 
     /// The target has this page with these bytes already, from before: it travels only if it has others.
@@ -149,9 +161,23 @@ impl Encoder {
         self.level.get()
     }
 
+    /// Sums of pages that the target is to look at; all that they were sent with must be given away before.
+    pub fn due_sums(&mut self, now: Instant) -> Option<Sums> {
+        self.sums.next(now)
+    }
+
     /// A round has ended: what was not sent in it grows old.
     pub fn tick(&mut self) {
         self.versions.tick();
+    }
+
+    /// The first copy has been sent. From now on the host's CPU counts more than the link, as long as the link keeps up.
+    pub fn begin_rounds(&mut self) -> io::Result<()> {
+        let level = self.level.lower(self.settings.level_rounds);
+        match (level, &mut self.compressor) {
+            (Some(level), Some(compressor)) => compressor.set_compression_level(level),
+            _ => Ok(()),
+        }
     }
 
     /// Adds a page; `None` is one of zeros.
@@ -165,8 +191,10 @@ impl Encoder {
             self.sum = Xxh3::with_seed(u64::from(block));
         }
         let spot = self.layout.spot(block, page);
+        let noted = self.sums.note(block, page, data);
         let Some(data) = data.filter(|d| !is_zero(d)) else {
             if let Some(spot) = spot {
+                self.hash_first(spot);
                 self.versions.forget(spot);
                 self.held.clear(spot);
             }
@@ -175,7 +203,7 @@ impl Encoder {
             return Ok(());
         };
         let before = self.raw.len();
-        let (kind, count) = match spot.map_or(Told::Full, |s| self.tell(s, data)) {
+        let (kind, count) = match spot.map_or(Told::Full, |s| self.tell(s, data, noted)) {
             Told::Same => {
                 self.stats.same.add(0);
                 return Ok(());
@@ -198,7 +226,7 @@ impl Encoder {
     }
 
     /// Finds the shortest way, and notes that the target will have the page so. A delta is appended to `raw` at once.
-    fn tell(&mut self, spot: Spot, data: &Page) -> Told {
+    fn tell(&mut self, spot: Spot, data: &Page, noted: Noted) -> Told {
         if let Some(old) = self.versions.get(spot) {
             if old == data {
                 return Told::Same;
@@ -207,15 +235,27 @@ impl Encoder {
             *old = *data;
             return if delta { Told::Delta } else { Told::Full };
         }
-        let hash = PageHash::of(data);
+        self.hash_first(spot);
         let before = self.held.get(spot);
-        if before == Some(hash) {
-            return Told::Same;
-        }
-        let twin = self.held.find(hash).and_then(|s| self.layout.place(s));
-        if let Some((block, page)) = twin {
-            self.held.set(spot, hash);
-            return Told::Known(block, page);
+        let twin = self.held.find(noted.now).and_then(|s| Some((s, self.layout.place(s)?)));
+        let twin = twin.filter(|(_, (block, page))| self.sums.of(*block, *page) == noted.now);
+        self.held.note(spot, noted.now);
+        // Of pages that are held from before a break the sum is not known. All others are new if theirs is.
+        let maybe_same = before.is_some() && (noted.before == 0 || noted.before == noted.now);
+        let mut hash = None;
+        if maybe_same || twin.is_some() {
+            let this = PageHash::of(data);
+            if before == Some(this) {
+                return Told::Same;
+            }
+            if let Some((other, (block, page))) = twin {
+                self.hash_first(other);
+                if self.held.get(other) == Some(this) {
+                    self.held.set(spot, this);
+                    return Told::Known(block, page);
+                }
+            }
+            hash = Some(this);
         }
         // Sent for the second time: it may well come a third time. The cache knows the bytes, and the hash only costs time.
         let held = &mut self.held;
@@ -223,11 +263,34 @@ impl Encoder {
             && self
                 .versions
                 .put(spot, data, |old, page| held.set(old, PageHash::of(page)));
-        match kept {
-            true => self.held.clear(spot),
-            false => self.held.set(spot, hash),
+        match hash {
+            _ if kept => self.held.clear(spot),
+            Some(hash) => self.held.set(spot, hash),
+            None => self.unhashed.push((spot, self.raw.len())),
         }
         Told::Full
+    }
+
+    /// What `held` says of this page is true from now on.
+    fn hash_first(&mut self, spot: Spot) {
+        if self.unhashed.len() == MANY || self.unhashed.iter().any(|(s, _)| *s == spot) {
+            self.hash_all();
+        }
+    }
+
+    fn hash_all(&mut self) {
+        let mut pages = [&[0; PAGE_SIZE]; MANY];
+        for (page, (_, at)) in pages.iter_mut().zip(&self.unhashed) {
+            *page = self.raw.get(*at..).and_then(|b| b.first_chunk()).unwrap_or(page);
+        }
+        let n = self.unhashed.len();
+        if n == 0 {
+            return;
+        }
+        let hashes = PageHash::of_many(pages.get(..n).unwrap_or_default());
+        for ((spot, _), hash) in self.unhashed.drain(..).zip(hashes) {
+            self.held.set(spot, hash);
+        }
     }
 
     /// Gives away what was collected.
@@ -238,6 +301,7 @@ impl Encoder {
         if self.runs.is_empty() {
             return Ok(());
         }
+        self.hash_all();
         let started = Instant::now();
         let packed = self.pack();
         let packing = started.elapsed();

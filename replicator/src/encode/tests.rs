@@ -67,6 +67,7 @@ impl Source {
     fn new(level: i32, cached: usize) -> Self {
         let mut encoder = Encoder::new(Settings {
             level_min: level,
+            level_rounds: level,
             level_max: level,
             delta_cache_bytes: cached * PAGE_SIZE,
         })
@@ -308,6 +309,7 @@ fn a_guest_of_zeros_travels_in_a_few_bytes() {
 fn incompressible_pages_go_raw_and_others_among_them_are_noticed() {
     let mut e = Encoder::new(Settings {
         level_min: 1,
+        level_rounds: 1,
         level_max: 1,
         delta_cache_bytes: 0,
     })

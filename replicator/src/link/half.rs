@@ -23,6 +23,10 @@ use super::tls;
 /// What one read of the socket takes at most: many records, so that few system calls are made.
 const READ_BYTES: usize = 256 << 10;
 
+/// Bytes that are sealed at once. rustls keeps what it has sealed in one allocation a record until it is taken: of a whole frame
+/// that is so much that the allocator gives it back to the kernel each time, and asks for it again.
+const SEAL_BYTES: usize = 64 << 10;
+
 /// What both halves of a TLS connection share. Locks are taken in this order: `out`, `conn`.
 #[derive(Debug)]
 struct Shared {
@@ -48,6 +52,23 @@ fn drain(conn: &mut Connection, sealed: &mut Vec<u8>) -> io::Result<()> {
         conn.write_tls(sealed)?;
     }
     Ok(())
+}
+
+/// Seals all of `bufs`; tells how many bytes they are.
+fn seal(conn: &mut Connection, bufs: &[IoSlice<'_>], sealed: &mut Vec<u8>) -> io::Result<usize> {
+    let mut left: Vec<IoSlice<'_>> = bufs.iter().map(|b| IoSlice::new(b)).collect();
+    let (mut left, mut all) = (&mut left[..], 0);
+    IoSlice::advance_slices(&mut left, 0);
+    while !left.is_empty() {
+        let n = conn.writer().write_vectored(left)?;
+        drain(conn, sealed)?;
+        if n == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        IoSlice::advance_slices(&mut left, n);
+        all += n;
+    }
+    Ok(all)
 }
 
 impl Shared {
@@ -123,8 +144,7 @@ pub(super) fn plain(tcp: TcpStream) -> io::Result<(ReadHalf, WriteHalf)> {
 
 /// In TLS, after the handshake.
 pub(super) fn tls(tcp: TcpStream, mut conn: Connection) -> io::Result<(ReadHalf, WriteHalf)> {
-    // A frame is sealed whole; its length is bounded by its kind.
-    conn.set_buffer_limit(None);
+    conn.set_buffer_limit(Some(SEAL_BYTES));
     let shared = Arc::new(Shared {
         out: Mutex::new(Out {
             tcp: tcp.try_clone()?,
@@ -260,9 +280,7 @@ impl Write for WriteHalf {
         out.sealed.clear();
         let n = {
             let mut conn = lock(&shared.conn);
-            let n = conn.writer().write_vectored(bufs)?;
-            drain(&mut conn, &mut out.sealed)?;
-            n
+            seal(&mut conn, bufs, &mut out.sealed)?
         };
         // A record that is sent in part cannot be taken back, so a failure here ends the connection.
         out.tcp.write_all(&out.sealed)?;

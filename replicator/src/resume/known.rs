@@ -149,6 +149,7 @@ mod tests {
         assert_eq!(known.pages(), 3);
         let settings = Settings {
             level_min: 1,
+            level_rounds: 1,
             level_max: 1,
             delta_cache_bytes: 0,
         };

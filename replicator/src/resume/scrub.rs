@@ -22,6 +22,13 @@ use crate::stream::items::PAGE_SIZE;
 const PAGES_AT_ONCE: usize = 512;
 const EVERY: Duration = Duration::from_millis(500);
 
+/// A page's sum as it was sent before (0: it was not), and now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Noted {
+    pub before: u64,
+    pub now: u64,
+}
+
 /// The source's side.
 #[derive(Default)]
 pub struct Sent {
@@ -41,12 +48,19 @@ impl Sent {
     }
 
     /// The target has this page, or is sent it. `None` is a page of zeros.
-    pub fn note(&mut self, block: u16, page: u64, data: Option<&Page>) {
-        let sum = data.map_or(self.zero, sum);
+    pub fn note(&mut self, block: u16, page: u64, data: Option<&Page>) -> Noted {
+        let now = data.map_or(self.zero, sum);
         let block = self.sums.get_mut(usize::from(block));
-        if let Some(place) = block.and_then(|b| b.get_mut(usize::try_from(page).ok()?)) {
-            *place = sum;
-        }
+        let place = block.and_then(|b| b.get_mut(usize::try_from(page).ok()?));
+        let before = place.map_or(0, |place| std::mem::replace(place, now));
+        Noted { before, now }
+    }
+
+    /// What this page was sent with last, 0 if it was not.
+    pub fn of(&self, block: u16, page: u64) -> u64 {
+        let block = self.sums.get(usize::from(block));
+        let sum = block.and_then(|b| b.get(usize::try_from(page).ok()?));
+        sum.copied().unwrap_or(0)
     }
 
     /// What the target is to look at now; `None` if there is nothing, or too soon. Begins again when it is through.

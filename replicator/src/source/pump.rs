@@ -23,7 +23,6 @@ use crate::limits::Throttle;
 use crate::link::{FrameWriter, LinkError, WriteHalf};
 use crate::pacing::{Action, Pacer, Round, Settings};
 use crate::resume::known::Known;
-use crate::resume::scrub::Sent as Sums;
 use crate::stream::{self, Limits, Parser, StreamError, return_path};
 
 /// As much as is read at once. Larger than a socket's buffer, so that one read empties it.
@@ -135,7 +134,6 @@ impl Pump {
         let mut out = Out {
             encoder: Encoder::new(self.encoding).map_err(PumpError::Pack)?,
             known: Some(self.known),
-            sums: Sums::default(),
             ram: self.ram,
             pacer: Pacer::new(Settings::default(), now),
             governor: Governor::new(self.pacing, self.core.config.pacing.bounds(), self.costs, now),
@@ -168,7 +166,6 @@ struct Out {
     encoder: Encoder,
     /// Until the stream has told its blocks.
     known: Option<Known>,
-    sums: Sums,
     ram: FrameWriter<WriteHalf>,
     pacer: Pacer,
     governor: Governor,
@@ -199,7 +196,6 @@ impl Out {
                 if let Some(known) = self.known.take() {
                     known.give(setup, &mut self.encoder);
                 }
-                self.sums.begin(setup);
                 let _ = self.events.send(Event::Setup {
                     ram_bytes: setup.ram_bytes(),
                 });
@@ -223,7 +219,6 @@ impl Out {
     }
 
     fn page(&mut self, block: u16, page: u64, data: Option<&stream::Page>) -> Result<(), PumpError> {
-        self.sums.note(block, page, data);
         self.pacer.page(block, page);
         if self.pacer.round().number > 0 {
             self.governor.page(block, page);
@@ -258,6 +253,7 @@ impl Out {
                 self.end_round(round)?;
                 if round.number == 0 {
                     self.count_pass();
+                    self.encoder.begin_rounds().map_err(PumpError::Pack)?;
                 }
                 let time = self.governor.ended(&round, self.sent()?, Instant::now());
                 self.rest = self.pacer.pause(time);
@@ -310,7 +306,7 @@ impl Out {
 
     /// Has the target look at some pages, in a rest.
     fn scrub(&mut self) -> Result<(), PumpError> {
-        let Some(sums) = self.sums.next(Instant::now()) else {
+        let Some(sums) = self.encoder.due_sums(Instant::now()) else {
             return Ok(());
         };
         // Some of these pages may be in the open batch still.

@@ -110,6 +110,7 @@ fn frames() -> Result<Vec<(u8, Vec<u8>)>> {
     for level in [0, 1] {
         let mut e = Encoder::new(Settings {
             level_min: level,
+            level_rounds: level,
             level_max: level,
             delta_cache_bytes: 1 << 20,
         })?;

@@ -24,6 +24,7 @@ const QMP: Duration = Duration::from_secs(10);
 /// The replicator's own default.
 const ENCODING: Settings = Settings {
     level_min: 1,
+    level_rounds: -3,
     level_max: 6,
     delta_cache_bytes: 64 << 20,
 };
@@ -226,6 +227,9 @@ impl<'a> Hold<'a> {
             Ok(())
         })?;
         self.encoder.tick();
+        if self.pacer.round().number == 1 {
+            self.encoder.begin_rounds()?;
+        }
         // The frame that ends a round.
         *bytes += (HEADER_LEN + 16) as u64;
         let between = cpu::of_thread()?;
