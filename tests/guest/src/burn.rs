@@ -1,9 +1,9 @@
-//! CPU load, of two kinds.
+//! Load, of three kinds.
 //!
 //! [`Burner`] follows a schedule, on each vCPU one: each 20 ms it takes its share of CPU time, measured by the thread's own CPU clock, and
 //! sleeps for the rest. [`Work`] is what one web request costs: a fixed number of loop rounds, calibrated at boot. It
 //! must not be measured by a clock: without a steal clock (TCG has none) the guest's clock runs on while the host runs
-//! somebody else, and a request that 'burns 2 ms' would look quick on a contended host.
+//! somebody else, and a request that 'burns 2 ms' would look quick on a contended host. [`Rewrite`] is the same for memory.
 
 use std::hint::black_box;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -126,6 +126,33 @@ impl Work {
 
     pub fn run(&self) {
         spin(self.rounds);
+    }
+}
+
+/// Writes each word of a few pages, over and over: what it costs the guest that its writes are noted. The pages are few, so that
+/// how many a second are changed is still said by the pattern's rate.
+pub struct Rewrite(Mutex<Vec<u64>>);
+
+/// 256 KiB.
+const REWRITTEN_WORDS: usize = 32 << 10;
+/// Some milliseconds under TCG.
+const REWRITE_PASSES: u64 = 16;
+
+impl Default for Rewrite {
+    fn default() -> Self {
+        Rewrite(Mutex::new(vec![0; REWRITTEN_WORDS]))
+    }
+}
+
+impl Rewrite {
+    pub fn run(&self) {
+        let mut words = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for pass in 0..REWRITE_PASSES {
+            for word in words.iter_mut() {
+                *word = word.wrapping_add(pass | 1);
+            }
+            black_box(words.as_mut_slice());
+        }
     }
 }
 

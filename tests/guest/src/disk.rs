@@ -15,15 +15,15 @@ use crate::sys;
 /// The driver may still be probing when its module is loaded.
 const APPEARS: Duration = Duration::from_secs(20);
 
-pub fn run(disk: &Disk, rate: u64, state: &State) {
-    if let Err(error) = write(disk, rate) {
+pub fn run(disk: &Disk, state: &State) {
+    if let Err(error) = write(disk, state) {
         state.errors.fetch_add(1, Relaxed);
         // The console may be gone, the counter is not.
         let _ = writeln!(io::stdout().lock(), "E disk {}: {error}", disk.name);
     }
 }
 
-fn write(disk: &Disk, rate: u64) -> io::Result<()> {
+fn write(disk: &Disk, state: &State) -> io::Result<()> {
     let path = Path::new("/dev").join(&disk.name);
     let give_up = Instant::now() + APPEARS;
     while !path.exists() && Instant::now() < give_up {
@@ -33,7 +33,6 @@ fn write(disk: &Disk, rate: u64) -> io::Result<()> {
     let bytes = file.seek(SeekFrom::End(0))?;
     // Page-aligned, as O_DIRECT wants it.
     let block = sys::anonymous_words(record::WORDS)?;
-    let pause = Duration::from_secs(1) / u32::try_from(rate.clamp(1, 10_000)).unwrap_or(1);
     let small = || io::Error::other(format!("{bytes} bytes are too few for the journal"));
     let mut next = Instant::now();
     for n in 1.. {
@@ -50,8 +49,9 @@ fn write(disk: &Disk, rate: u64) -> io::Result<()> {
                 other => return Err(io::Error::other(format!("record {old} reads as {other:?}"))),
             }
         }
+        let rate = state.disk_records_per_s.load(Relaxed).clamp(1, 10_000);
         // What a stopped guest missed is not made up for.
-        next = (next + pause).max(Instant::now());
+        next = (next + Duration::from_secs(1) / u32::try_from(rate).unwrap_or(1)).max(Instant::now());
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     Ok(())

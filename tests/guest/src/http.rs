@@ -175,6 +175,10 @@ fn answer(request: &Request, state: &State) -> Reply {
             state.work.run();
             Reply::new(200, format!("ok {}\n", state.counter.load(Relaxed)))
         }
+        ("GET", "/memory") => {
+            state.rewrite.run();
+            Reply::new(200, "written\n")
+        }
         ("GET", "/stats") => Reply::new(200, state.json() + "\n"),
         ("POST", "/burn") => match request.body.parse() {
             Ok(schedule) => {
@@ -183,14 +187,22 @@ fn answer(request: &Request, state: &State) -> Reply {
             }
             Err(reason) => Reply::new(400, format!("{reason}\n")),
         },
-        ("POST", "/dirty") => match request.body.trim().parse() {
-            Ok(rate) => {
-                state.dirty_pages_per_s.store(rate, Relaxed);
-                Reply::new(200, "dirtying\n")
+        ("POST", path @ ("/dirty" | "/disk")) => {
+            let rate = match path {
+                "/dirty" => &state.dirty_pages_per_s,
+                _ => &state.disk_records_per_s,
+            };
+            match request.body.trim().parse() {
+                Ok(n) => {
+                    rate.store(n, Relaxed);
+                    Reply::new(200, "at that rate\n")
+                }
+                Err(_) => Reply::new(400, "the body is pages or records per second, a whole number\n"),
             }
-            Err(_) => Reply::new(400, "the body is pages per second, a whole number\n"),
-        },
-        (_, "/" | "/stats" | "/burn" | "/dirty") => Reply::new(405, "GET / and /stats, POST /burn and /dirty\n"),
+        }
+        (_, "/" | "/memory" | "/stats" | "/burn" | "/dirty" | "/disk") => {
+            Reply::new(405, "GET /, /memory and /stats, POST /burn, /dirty and /disk\n")
+        }
         _ => Reply::new(404, "no such page\n"),
     }
 }
@@ -202,7 +214,7 @@ mod tests {
     use crate::schedule::Schedule;
 
     fn state() -> State {
-        State::new(Burner::new(Schedule::idle()), Work::calibrate(1), 0, &[])
+        State::new(Burner::new(Schedule::idle()), Work::calibrate(1), 0, &[], 50)
     }
 
     /// A client that sends byte by byte, so that every border inside a request is met.
@@ -268,6 +280,9 @@ mod tests {
         assert_eq!(ask("POST", "/dirty", "750\n").status, 200);
         assert_eq!(state.dirty_pages_per_s.load(std::sync::atomic::Ordering::Relaxed), 750);
         assert_eq!(ask("POST", "/dirty", "-1").status, 400);
+        assert_eq!(ask("POST", "/disk", "10").status, 200);
+        assert_eq!(state.disk_records_per_s.load(std::sync::atomic::Ordering::Relaxed), 10);
+        assert_eq!(ask("GET", "/memory", "").status, 200);
         assert_eq!(ask("POST", "/burn", "0:0.5").status, 200);
         assert_eq!(ask("POST", "/burn", "0:5").status, 400);
         assert_eq!(state.burner.share(), 0.5);

@@ -47,10 +47,11 @@ fn main() {
         Work::calibrate(options.work_us),
         options.dirty_pages_per_s,
         &options.disks,
+        options.disk_records_per_s,
     ));
     start_services(&state);
     start_pattern(&options, &state);
-    start_disks(&options, &state);
+    start_disks(&state);
     say("UP");
     tick(&state, Duration::from_millis(options.tick_ms));
 }
@@ -134,12 +135,12 @@ fn start_pattern(options: &Options, state: &Arc<State>) {
     }
 }
 
-fn start_disks(options: &Options, state: &Arc<State>) {
+fn start_disks(state: &Arc<State>) {
     for n in 0..state.disks.len() {
-        let (state, rate) = (state.clone(), options.disk_records_per_s);
+        let state = state.clone();
         spawn("disk", move || {
             if let Some(disk) = state.disks.get(n) {
-                disk::run(disk, rate, &state);
+                disk::run(disk, &state);
             }
         });
     }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::burn::{Burner, Work};
+use crate::burn::{Burner, Rewrite, Work};
 use crate::sys;
 
 /// A disk with a journal.
@@ -22,11 +22,13 @@ pub struct State {
     pub dirty_pages_per_s: AtomicU64,
     pub burner: Burner,
     pub work: Work,
+    pub rewrite: Rewrite,
     pub disks: Vec<Disk>,
+    pub disk_records_per_s: AtomicU64,
 }
 
 impl State {
-    pub fn new(burner: Burner, work: Work, dirty_pages_per_s: u64, disks: &[String]) -> Self {
+    pub fn new(burner: Burner, work: Work, dirty_pages_per_s: u64, disks: &[String], records_per_s: u64) -> Self {
         State {
             counter: AtomicU64::new(0),
             errors: AtomicU64::new(0),
@@ -36,7 +38,9 @@ impl State {
             dirty_pages_per_s: AtomicU64::new(dirty_pages_per_s),
             burner,
             work,
+            rewrite: Rewrite::default(),
             disks: disks.iter().map(|name| disk(name)).collect(),
+            disk_records_per_s: AtomicU64::new(records_per_s),
         }
     }
 

@@ -1,7 +1,9 @@
 //! What a warm shadow costs while it waits: the guest, and both hosts.
 //!
-//! One VM; each run measures it without a shadow and with one. The guest's own throughput is counted from outside: rounds of
-//! a fixed loop (one web request each), pages that it writes as fast as it can, and small web requests, one after the other.
+//! One VM with a disk; each run measures it without a shadow and with one. The guest's own throughput is counted from outside, while
+//! it changes 2,000 pages a second besides: rounds of a fixed loop and writes to a few pages (one web request each), records on its disk,
+//! each with `fdatasync`, and small web requests, one after the other. One more row is another case than the aim's: pages that it
+//! writes as fast as it can.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -12,11 +14,12 @@ use anyhow::{Context, Result, bail};
 use super::Options;
 use super::rows::{Row, median};
 use crate::lab::daemons::{Binaries, target_dir};
+use crate::lab::disk::{Bus, DiskSpec};
 use crate::lab::http::Connection;
 use crate::lab::pair::Pair;
 use crate::lab::process::wait_for;
 use crate::lab::sched;
-use crate::lab::vm::{self, HTTP, VmSpec};
+use crate::lab::vm::{self, HTTP, Stats, VmSpec};
 
 const RUNS: usize = 5;
 const QUICK_RUNS: usize = 2;
@@ -26,8 +29,16 @@ const QUICK_WINDOW: Duration = Duration::from_secs(3);
 const WORK_US: u32 = 5000;
 /// Pages a second of the row `busy`.
 const BUSY: u32 = 2000;
-/// More than any guest can write.
+/// More than any guest can write, pages and records.
 const FLAT_OUT: u32 = 100_000_000;
+/// The least that the guest knows.
+const RARELY: u32 = 1;
+const DISK: DiskSpec = DiskSpec {
+    bus: Bus::VirtioBlk,
+    format: "qcow2",
+    mib: 64,
+};
+const FLAT_OUT_CASE: &str = "memory, flat out";
 const REPLY: Duration = Duration::from_secs(10);
 const CALM: Duration = Duration::from_secs(60);
 
@@ -56,6 +67,7 @@ pub fn run(options: &Options) -> Result<Vec<Row>> {
         dirty: 0,
         work_us: WORK_US,
         pattern_mib: Some(128),
+        disks: vec![DISK],
         ..VmSpec::new("web", 10)
     };
     let mut pair = Pair::start_unwatched(&spec)?;
@@ -92,7 +104,7 @@ fn in_turns(pair: &mut Pair, runs: usize, window: Duration) -> Result<Vec<Row>> 
 fn rows(alone: &[Figures], shadowed: &[Figures]) -> Vec<Row> {
     let runs = alone.len();
     let mut rows = Vec::new();
-    for case in ["cpu", "memory", "http"] {
+    for case in ["cpu", "memory", "disk", "http", FLAT_OUT_CASE] {
         let pairs = alone.iter().zip(shadowed);
         let losses: Vec<f64> = pairs
             .filter_map(|(a, s)| Some(100.0 * (1.0 - s.rates.get(case)? / a.rates.get(case)?)))
@@ -116,32 +128,42 @@ fn rows(alone: &[Figures], shadowed: &[Figures]) -> Vec<Row> {
 
 fn measure(pair: &mut Pair, window: Duration) -> Result<Figures> {
     let mut f = Figures::default();
+    order(pair, "/disk", RARELY)?;
     for (row, pages) in [("idle", 0), ("busy", BUSY)] {
-        dirty(pair, pages)?;
+        order(pair, "/dirty", pages)?;
         // The rate before is still in the first round.
         sleep(Duration::from_millis(600));
         f.loads.insert(row, load(pair, window)?);
     }
-    dirty(pair, 0)?;
     // What is translated and cached the first time is not the shadow's fault.
-    requests(pair, "/stats", window / 2)?;
-    f.rates.insert("cpu", requests(pair, "/", window)?);
-    f.rates.insert("http", requests(pair, "/stats", window)?);
-    dirty(pair, FLAT_OUT)?;
-    let (before, start) = (vm::stats(&pair.lab.client, pair.vm.spec.ip)?, Instant::now());
-    sleep(window);
-    let after = vm::stats(&pair.lab.client, pair.vm.spec.ip)?;
-    let pages = after.dirty_pages.saturating_sub(before.dirty_pages);
-    f.rates.insert("memory", pages as f64 / start.elapsed().as_secs_f64());
-    dirty(pair, 0)?;
+    for (case, path) in [("", "/stats"), ("cpu", "/"), ("memory", "/memory"), ("http", "/stats")] {
+        f.rates.insert(case, requests(pair, path, window)?);
+    }
+    order(pair, "/disk", FLAT_OUT)?;
+    f.rates
+        .insert("disk", counted(pair, window, |s| s.disks.values().sum())?);
+    order(pair, "/disk", RARELY)?;
+    order(pair, "/dirty", FLAT_OUT)?;
+    f.rates.insert(FLAT_OUT_CASE, counted(pair, window, |s| s.dirty_pages)?);
+    order(pair, "/dirty", 0)?;
     Ok(f)
 }
 
-fn dirty(pair: &Pair, pages: u32) -> Result<()> {
+/// A second, of what the guest counts.
+fn counted(pair: &Pair, window: Duration, of: fn(&Stats) -> u64) -> Result<f64> {
+    let look = || vm::stats(&pair.lab.client, pair.vm.spec.ip).map(|s| of(&s));
+    let (before, start) = (look()?, Instant::now());
+    sleep(window);
+    let after = look()?;
+    Ok(after.saturating_sub(before) as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Pages or records a second from now on.
+fn order(pair: &Pair, path: &str, rate: u32) -> Result<()> {
     let ip = pair.vm.spec.ip;
     // A guest that writes flat out may be late.
     wait_for("the guest to write at another rate", CALM, || {
-        let told = pair.lab.client.post((ip, HTTP), "/dirty", &pages.to_string());
+        let told = pair.lab.client.post((ip, HTTP), path, &rate.to_string());
         Ok(told.ok().filter(|r| r.status == 200).map(|_| ()))
     })
 }
