@@ -35,21 +35,30 @@ struct Case {
     name: &'static str,
     mib: u32,
     vcpus: u32,
-    disk: bool,
+    disks: &'static [DiskSpec],
 }
 
-const fn case(name: &'static str, mib: u32, vcpus: u32, disk: bool) -> Case {
-    Case { name, mib, vcpus, disk }
+const fn case(name: &'static str, mib: u32, vcpus: u32, disks: &'static [DiskSpec]) -> Case {
+    Case {
+        name,
+        mib,
+        vcpus,
+        disks,
+    }
 }
 
 const CASES: [Case; 5] = [
-    case("256MiB", 256, 1, false),
-    case("1GiB", 1024, 1, false),
-    case("4GiB", 4096, 1, false),
-    case("256MiB-2vcpu", 256, 2, false),
-    case("1GiB-2vcpu", 1024, 2, false),
+    case("256MiB", 256, 1, &[]),
+    case("1GiB", 1024, 1, &[]),
+    case("4GiB", 4096, 1, &[]),
+    case("256MiB-2vcpu", 256, 2, &[]),
+    case("1GiB-2vcpu", 1024, 2, &[]),
 ];
-const DISK_CASES: [Case; 2] = [case("256MiB-disk", 256, 2, true), case("4GiB-disk", 4096, 2, true)];
+const DISK_CASES: [Case; 3] = [
+    case("256MiB-disk", 256, 2, &[DISK]),
+    case("256MiB-3disks", 256, 2, &[DISK, RAW, DISK]),
+    case("4GiB-disk", 4096, 2, &[DISK]),
+];
 
 /// How much longer the larger guest may take: it must not depend on its RAM.
 const GROWTH_MAX: f64 = 1.3;
@@ -62,6 +71,7 @@ const DISK: DiskSpec = DiskSpec {
     format: "qcow2",
     mib: 64,
 };
+const RAW: DiskSpec = DiskSpec { format: "raw", ..DISK };
 
 /// One change of hosts, in milliseconds by the QEMUs' event times and the prober's clock.
 #[derive(Clone, Copy, Debug)]
@@ -151,7 +161,7 @@ fn spec(name: &str, n: u8, case: &Case) -> VmSpec {
     VmSpec {
         mem_mib: case.mib,
         vcpus: case.vcpus,
-        disks: if case.disk { vec![DISK] } else { Vec::new() },
+        disks: case.disks.to_vec(),
         dirty: DIRTY,
         work_us: 200,
         pattern_mib: Some(case.mib / 2),
@@ -174,7 +184,9 @@ fn measure(case: &Case, hops: usize, options: &Options) -> Result<Vec<Row>> {
 
 /// Its hosts share its disks.
 fn peer(ours: &Ours, case: &Case) -> Result<VmSpec> {
-    let images = case.disk.then(|| ours.pair.host("a")?.folder("shared")).transpose()?;
+    let images = (!case.disks.is_empty())
+        .then(|| ours.pair.host("a")?.folder("shared"))
+        .transpose()?;
     Ok(VmSpec {
         images,
         ..spec("peer", 20, case)

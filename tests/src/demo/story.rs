@@ -81,6 +81,7 @@ impl<'a> Story<'a> {
             .last_switchover
             .filter(|r| self.switchovers.iter().all(|s| s.epoch != r.epoch))
         {
+            say!("            {}", say::dim(&steps(&report)));
             self.switchovers.push(report);
         }
         if self.seed_ms.is_none() && view.summary.shadow.is_some() {
@@ -216,4 +217,20 @@ impl<'a> Story<'a> {
             .flat_map(|h| crate::lab::vm::consoles_below(&h.file("run")))
             .collect()
     }
+}
+
+/// Where the time went in which the guest stood still.
+fn steps(r: &SwitchoverReport) -> String {
+    let ms = |us: u64| us as f64 / 1e3;
+    format!(
+        "stood still {:.1} ms: last pass {:.1} ({} pages), device state {:.1}, load {:.1}, relinquish {:.1}, SHUT {:.1}, resume {:.1}",
+        ms(r.guest_stopped_us),
+        ms(r.last_pass_us),
+        r.last_pass_pages,
+        ms(r.device_state_us),
+        ms(r.load_us),
+        ms(r.relinquish_us),
+        ms(r.shut_us),
+        ms(r.resume_us),
+    )
 }
