@@ -281,6 +281,10 @@ pub struct Resumption {
     pub skipped_pages: u64,
     /// Pages that were compared with what was sent, and those that differed.
     pub scrubbed_pages: u64,
+    /// Those of the first that were read back from swap for it.
+    pub scrubbed_swap_pages: u64,
+    /// CPU time that this side has spent on it.
+    pub scrub_cpu_us: u64,
     pub differing_pages: u64,
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
 use umbra_api::HostId;
@@ -133,6 +134,8 @@ pub struct Tiers {
     pub armed: f64,
     /// Let what is above the share of RAM wait in swap. Without swap nothing is shrunk, and the status says so.
     pub shrink_ram: bool,
+    /// In how many seconds the scrub looks at all that waits in swap, which is read and written once for it; 0: never.
+    pub scrub_swap_s: u64,
 }
 
 impl Default for Tiers {
@@ -142,11 +145,16 @@ impl Default for Tiers {
             standby: shares.standby,
             armed: shares.armed,
             shrink_ram: shares.shrink_ram,
+            scrub_swap_s: 24 * 3600,
         }
     }
 }
 
 impl Tiers {
+    pub fn scrub_swap(&self) -> Option<Duration> {
+        (self.scrub_swap_s > 0).then(|| Duration::from_secs(self.scrub_swap_s))
+    }
+
     pub fn shares(&self) -> Shares {
         Shares {
             standby: self.standby,

@@ -48,7 +48,7 @@ fn source(r: &ReplicaStatus, value: f64) -> Option<f64> {
 }
 
 /// Name, help, and where it comes from. All are gauges: a replica's counts begin again with each protection.
-const GAUGES: [(&str, &str, Value); 28] = [
+const GAUGES: [(&str, &str, Value); 30] = [
     ("umbra_replica_ram_bytes", "RAM of the VM, all blocks", |r| {
         Some(r.progress.ram_bytes as f64)
     }),
@@ -166,6 +166,16 @@ const GAUGES: [(&str, &str, Value); 28] = [
         "umbra_replica_scrubbed_pages",
         "Pages of the shadow that were compared with what was sent",
         |r| Some(r.progress.resume.scrubbed_pages as f64),
+    ),
+    (
+        "umbra_replica_scrubbed_swap_pages",
+        "Pages of them that were read back from swap for it, and pushed out again",
+        |r| Some(r.progress.resume.scrubbed_swap_pages as f64),
+    ),
+    (
+        "umbra_replica_scrub_cpu_seconds",
+        "CPU time that the comparing has cost this side",
+        |r| Some(r.progress.resume.scrub_cpu_us as f64 / 1e6),
     ),
     (
         "umbra_replica_differing_pages",

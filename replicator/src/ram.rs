@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nix::unistd::{Whence, lseek};
@@ -180,6 +181,24 @@ impl RamFile {
         Ok((first..).zip(resident).map(place).collect())
     }
 
+    /// Whether pages that are read back from swap are pushed out again: otherwise none must be read for its own sake.
+    fn is_lean(&self) -> bool {
+        self.pages.lean.load(Ordering::Relaxed)
+    }
+
+    /// Copies a page out that waits in swap, through the address space that it will be pushed out of; false if there is no such page.
+    fn fetch(&self, page: u64, into: &mut Page) -> Result<bool, RamError> {
+        let Some(first) = self.number(page) else {
+            return Ok(false);
+        };
+        let fetched = self.pages.fetch(Run { first, pages: 1 }, into);
+        fetched.map(|()| true).map_err(|e| self.failed(e))
+    }
+
+    fn push_out(&self, run: Run) -> Result<(), RamError> {
+        self.pages.page_out(run).map_err(|e| self.failed(e))
+    }
+
     /// Copies a page out; false if there is no such page.
     pub fn read(&self, page: u64, into: &mut Page) -> Result<bool, RamError> {
         let Some(page) = self.number(page) else {
@@ -347,6 +366,28 @@ impl ShadowRam {
             None => false,
         };
         self.checked(read, block, page)
+    }
+
+    /// Whether a block's pages wait in swap for good, and may be looked at by way of RAM.
+    pub fn is_lean(&self, block: u16) -> bool {
+        matches!(self.blocks.get(usize::from(block)), Some(Place::File(f)) if f.is_lean())
+    }
+
+    /// Reads a page that waits in swap. It is in RAM then, until it is pushed out.
+    pub fn fetch_page(&self, block: u16, page: u64, into: &mut Page) -> Result<(), RamError> {
+        let fetched = match self.blocks.get(usize::from(block)) {
+            Some(Place::File(f)) => f.fetch(page, into)?,
+            _ => false,
+        };
+        self.checked(fetched, block, page)
+    }
+
+    /// Has such pages go again. The kernel writes them when it can; the tier's keeper sees to the rest.
+    pub fn push_out(&self, block: u16, runs: &[Run]) -> Result<(), RamError> {
+        match self.blocks.get(usize::from(block)) {
+            Some(Place::File(f)) => runs.iter().try_for_each(|run| f.push_out(*run)),
+            _ => Ok(()),
+        }
     }
 
     fn checked(&self, done: bool, block: u16, page: u64) -> Result<(), RamError> {

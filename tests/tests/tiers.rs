@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use umbra_api::order::Tier;
 use umbra_api::replica::Role;
-use umbra_tests::lab::pair::{Pair, with_pair};
+use umbra_tests::lab::daemons::Settings;
+use umbra_tests::lab::pair::{Pair, with_pair_as};
 use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::swap;
 use umbra_tests::lab::vm::VmSpec;
@@ -28,13 +29,36 @@ fn rounds_go_on(pair: &Pair, from: &str) -> Result<()> {
     })
 }
 
+/// The scrub reads pages back from swap to look at them, finds them whole, and the shadow keeps to its tier.
+fn looked_at_in_swap(pair: &Pair, used: u64) -> Result<()> {
+    let told = |pair: &Pair| {
+        let replica = pair
+            .replica("b", Role::Target)?
+            .context("the target forgot its replica")?;
+        Ok::<_, anyhow::Error>(replica.progress.resume)
+    };
+    let looked = wait_for("a thousand pages to be looked at in swap", SOON, || {
+        Ok(Some(told(pair)?).filter(|r| r.scrubbed_swap_pages >= 1000))
+    })?;
+    println!("looked at in swap {looked:?}");
+    ensure!(looked.differing_pages == 0, "they are what was sent: {looked:?}");
+    wait_for("them to be pushed out again", SOON, || {
+        Ok((pair.shadow("b").in_ram()? * 3 < used).then_some(()))
+    })?;
+    Ok(())
+}
+
 #[test]
 fn a_cold_shadow_waits_in_swap_and_comes_back_whole() {
     let spec = VmSpec {
         dirty: 100,
         ..VmSpec::new("web", 10)
     };
-    with_pair("tiers", &spec, |pair| {
+    let settings = Settings {
+        scrub_swap_s: Some(60),
+        ..Settings::default()
+    };
+    with_pair_as("tiers", &spec, settings, |pair| {
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
         pair.shadow("b").order(Tier::Standby)?;
@@ -60,6 +84,7 @@ fn a_cold_shadow_waits_in_swap_and_comes_back_whole() {
             let seen = pair.shadow("b").in_ram()?;
             Ok((seen * 3 < cold.used_bytes).then_some(()))
         })?;
+        looked_at_in_swap(pair, cold.used_bytes)?;
         // The guest writes on: what the rounds bring is swapped out in its turn.
         rounds_go_on(pair, "a")?;
         pair.shadow("b").order(Tier::Active)?;

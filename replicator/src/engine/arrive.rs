@@ -108,6 +108,7 @@ impl Engine {
                 record: shadow.record.clone(),
                 disks,
                 gate,
+                scrub_swap: self.core.config.tiers.scrub_swap(),
             };
             let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
             // Of an attempt that broke off before its ram connection came.

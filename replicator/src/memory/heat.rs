@@ -79,6 +79,11 @@ impl Bits {
         };
     }
 
+    pub fn clear(&self) {
+        self.words.iter().for_each(|w| w.store(0, Relaxed));
+        self.ones.store(0, Relaxed);
+    }
+
     pub fn ones(&self) -> u64 {
         self.ones.load(Relaxed)
     }

@@ -236,6 +236,7 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
 
     fn take(&mut self, command: Command) {
         self.taken += 1;
+        self.lean(false);
         let (tier, peak, asked, last) = match command {
             Command::Tier { tier, peak, asked } => (tier, peak, asked, false),
             Command::Runs { asked } => (Tier::Active, Peak::default(), asked, true),
@@ -276,10 +277,12 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
         if let Some(asked) = goal.rising {
             return self.rise(limit, asked).map(|()| REST);
         }
+        let lean = limit.is_some() && !goal.last;
         let worked = match limit {
             Some(limit) if resident > limit + plan::slack(limit) => self.shrink(resident, limit)?,
             _ => Duration::ZERO,
         };
+        self.lean(lean && !self.interrupted());
         let rest = (worked * REST_PER_WORK).clamp(REST, REST_MAX);
         Ok(rest.max(looked * REST_PER_LOOK))
     }
@@ -293,6 +296,10 @@ impl<T: Fn(&ShadowMemory)> Worker<T> {
             used += file.present_bytes();
         }
         Ok((resident, used))
+    }
+
+    fn lean(&self, lean: bool) {
+        self.files.iter().for_each(|f| f.lean.store(lean, SeqCst));
     }
 
     fn interrupted(&self) -> bool {

@@ -26,6 +26,8 @@ pub struct Pages {
     pub heat: Heat,
     /// Pages are as small as the link's: those of hugetlbfs are neither swapped nor written by a system call.
     pub small: bool,
+    /// RAM is kept at what a tier leaves it: what is read back from swap must go again.
+    pub lean: AtomicBool,
     /// Holes of one page can be punched: in small ones, where it was never refused.
     punch: AtomicBool,
 }
@@ -47,6 +49,7 @@ impl Pages {
             away: Bits::new(pages),
             heat: Heat::new(pages),
             small,
+            lean: AtomicBool::new(false),
             punch: AtomicBool::new(small),
         }
     }

@@ -16,6 +16,7 @@ pub mod held;
 pub mod known;
 pub mod retry;
 pub mod scrub;
+pub mod swapped;
 
 use xxhash_rust::xxh3::xxh3_64;
 

@@ -3,7 +3,7 @@
 //!
 //! The source notes a sum of each page as it is sent, zeros too, 8 bytes a page (2 MiB a GiB): the encoder's table knows no zeros, and its
 //! hash costs more. In a rest it sends the sums of pages, in the order of the stream: the target compares them with its files at just the
-//! moment at which these must be equal. What waits in swap is left there: it costs a disk's time to read, and is looked at when it is back.
+//! moment at which these must be equal. Of what waits in swap a few pages at a time are read back and pushed out again ([`super::swapped`]).
 //! A page of a hole is zero without being read. Once a switchover begins, nothing is compared any more.
 //!
 //! The source does not hold the guest's memory and can't send a page again at will; what differs is told, and a new pass repairs it.
@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 use umbra_api::wire::hashes::{SUM_PAGES_MAX, Sums};
 use umbra_api::wire::setup::StreamSetup;
 
+use crate::memory::plan::Run;
 use crate::ram::{RamError, ShadowRam, Where};
 use crate::resume::sum;
+use crate::resume::swapped::{LONGEST, Turn};
 use crate::stream::Page;
 use crate::stream::items::PAGE_SIZE;
 
@@ -104,21 +106,36 @@ impl Sent {
 pub struct Looked {
     /// Pages that were compared.
     pub compared: u64,
+    /// Those of them that were read back from swap for it.
+    pub from_swap: u64,
     /// Those that are not what was sent.
     pub differing: Vec<u64>,
 }
 
-/// The target's side. `leave`: something more urgent has come up.
-pub fn compare(ram: &ShadowRam, sums: &Sums, leave: impl Fn() -> bool) -> Result<Looked, RamError> {
+/// The target's side. `turn`: of what waits in swap, which is left there without one. `leave`: something more urgent has come up.
+pub fn compare(
+    ram: &ShadowRam,
+    sums: &Sums,
+    turn: Option<&mut Turn>,
+    leave: impl Fn() -> bool,
+) -> Result<Looked, RamError> {
     let zero = sum(&[0; PAGE_SIZE]);
     let mut page = [0; PAGE_SIZE];
     let mut looked = Looked::default();
     let places = ram.places(sums.block, sums.from, sums.sums.len())?;
+    let turn = turn.filter(|_| ram.is_lean(sums.block));
+    let mut swapped = Fetcher::new(ram, sums.block, turn);
     let pages = (sums.from..).zip(&sums.sums).zip(places);
     for ((n, want), place) in pages.filter(|((_, sum), _)| **sum != 0) {
+        if leave() {
+            return Ok(looked);
+        }
         let have = match place {
-            Where::Swap => continue,
-            _ if leave() => break,
+            Where::Swap if !swapped.fetch(n, &mut page)? => continue,
+            Where::Swap => {
+                looked.from_swap += 1;
+                sum(&page)
+            }
             Where::Nowhere => zero,
             Where::Ram => {
                 ram.read_page(sums.block, n, &mut page)?;
@@ -130,7 +147,55 @@ pub fn compare(ram: &ShadowRam, sums: &Sums, leave: impl Fn() -> bool) -> Result
             looked.differing.push(n);
         }
     }
+    // What was left above is the keeper's: nothing is swapped while a guest may stand still.
+    swapped.push_out();
     Ok(looked)
+}
+
+/// Reads some pages back from swap, and pushes them out again.
+struct Fetcher<'a> {
+    ram: &'a ShadowRam,
+    block: u16,
+    turn: Option<&'a mut Turn>,
+    begun: Instant,
+    left: usize,
+    fetched: Vec<Run>,
+}
+
+impl<'a> Fetcher<'a> {
+    fn new(ram: &'a ShadowRam, block: u16, mut turn: Option<&'a mut Turn>) -> Self {
+        let begun = Instant::now();
+        Self {
+            left: turn.as_mut().map_or(0, |t| t.allows(begun)),
+            ram,
+            block,
+            turn,
+            begun,
+            fetched: Vec::new(),
+        }
+    }
+
+    /// False if it has to wait for another time.
+    fn fetch(&mut self, n: u64, page: &mut Page) -> Result<bool, RamError> {
+        let Some(turn) = &mut self.turn else { return Ok(false) };
+        if self.left == 0 || self.begun.elapsed() > LONGEST || !turn.takes(self.block, n) {
+            return Ok(false);
+        }
+        self.left -= 1;
+        self.ram.fetch_page(self.block, n, page)?;
+        let first = n as usize;
+        match self.fetched.last_mut() {
+            Some(run) if run.first + run.pages == first => run.pages += 1,
+            _ => self.fetched.push(Run { first, pages: 1 }),
+        }
+        Ok(true)
+    }
+
+    fn push_out(self) {
+        if let Err(e) = self.ram.push_out(self.block, &self.fetched) {
+            tracing::warn!("what was read back from swap stays in RAM for now: {e}");
+        }
+    }
 }
 
 #[cfg(test)]
@@ -203,10 +268,10 @@ mod tests {
         }
         sent.note(0, 5, None);
         let sums = sent.next(Instant::now()).unwrap();
-        let look = |ram: &ShadowRam| compare(ram, &sums, || false).unwrap();
+        let look = |ram: &ShadowRam| compare(ram, &sums, None, || false).unwrap();
         let alike = Looked {
             compared: 6,
-            differing: vec![],
+            ..Looked::default()
         };
         assert_eq!(look(&ram), alike);
         let mut damaged = page(3);
@@ -215,14 +280,14 @@ mod tests {
         ram.write_page(0, 5, &page(5)).unwrap();
         ram.write_page(0, 7, &page(5)).unwrap();
         assert_eq!(look(&ram).differing, [3, 5], "and page 7 was never sent");
-        let left = compare(&ram, &sums, || true).unwrap();
+        let left = compare(&ram, &sums, None, || true).unwrap();
         assert_eq!(left, Looked::default(), "a guest stands still");
         let beyond = Sums {
             from: 7,
             ..sums.clone()
         };
-        assert!(compare(&ram, &beyond, || false).is_err());
-        assert!(compare(&ram, &Sums { block: 1, ..sums }, || false).is_err());
+        assert!(compare(&ram, &beyond, None, || false).is_err());
+        assert!(compare(&ram, &Sums { block: 1, ..sums }, None, || false).is_err());
     }
 
     #[test]
@@ -240,11 +305,27 @@ mod tests {
         }
         sent.note(0, 9, None);
         let sums = sent.next(Instant::now()).unwrap();
-        assert_eq!(compare(&ram, &sums, || false).unwrap().compared, 5);
+        assert_eq!(compare(&ram, &sums, None, || false).unwrap().compared, 5);
         assert_eq!(pages.present_bytes(), 4 << 12, "a hole that was looked at is one still");
         // Freed behind its back, as a page in swap is not in RAM.
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(pages.file(), flags, 2 << 12, 1 << 12).unwrap();
-        assert_eq!(compare(&ram, &sums, || false).unwrap().compared, 4);
+        assert_eq!(compare(&ram, &sums, None, || false).unwrap().compared, 4);
+
+        // Its turn comes only where RAM is kept at a tier's. It is not what was sent: it is gone.
+        let turn = || {
+            let turn = Turn::new(Some(Duration::from_secs(1)), [16].into_iter(), Instant::now());
+            std::thread::sleep(Duration::from_millis(200));
+            turn
+        };
+        let mut first = turn();
+        let left = compare(&ram, &sums, Some(&mut first), || false).unwrap();
+        assert_eq!(left.from_swap, 0);
+        pages.lean.store(true, std::sync::atomic::Ordering::Relaxed);
+        let looked = compare(&ram, &sums, Some(&mut first), || false).unwrap();
+        assert_eq!((looked.compared, looked.from_swap, looked.differing), (5, 1, vec![2]));
+        let mut now = turn();
+        let hurried = compare(&ram, &sums, Some(&mut now), || true).unwrap();
+        assert_eq!(hurried, Looked::default(), "a guest stands still");
     }
 }

@@ -19,6 +19,7 @@ use super::machine::Input;
 use super::session::Event;
 use crate::encode::{self, Encoder};
 use crate::engine::Core;
+use crate::heat::own_time;
 use crate::limits::Throttle;
 use crate::link::{FrameWriter, LinkError, WriteHalf};
 use crate::pacing::{Action, Pacer, Round, Settings};
@@ -52,6 +53,8 @@ pub struct Shared {
     /// Pages of the first pass that travelled, zeros not counted, and those that the target had already.
     pub sent_pages: AtomicU64,
     pub skipped_pages: AtomicU64,
+    /// CPU time that the scrub's rounds have cost; the sums of what is sent are not in it.
+    pub scrub_cpu_us: AtomicU64,
     /// The pump's thread.
     pub thread: AtomicI32,
     /// The guest stands still.
@@ -335,7 +338,10 @@ impl Out {
         }
         if let Some(time) = self.rest.take() {
             if !self.shared.is_hurried() {
+                let begun = own_time();
                 self.scrub()?;
+                let took = own_time().saturating_sub(begun).as_micros() as u64;
+                self.shared.scrub_cpu_us.fetch_add(took, Ordering::Relaxed);
                 self.shared.rest(time);
             }
             match self.shared.is_hurried() {

@@ -585,6 +585,7 @@ impl Session {
         let resume = &mut self.progress.resume;
         resume.sent_pages = self.pump.sent_pages.load(Ordering::Relaxed);
         resume.skipped_pages = self.pump.skipped_pages.load(Ordering::Relaxed);
+        resume.scrub_cpu_us = self.pump.scrub_cpu_us.load(Ordering::Relaxed);
         self.progress.lag_ms = self.last_round.map_or(0, |t| t.elapsed().as_millis() as u64);
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.progress = self.progress;

@@ -22,14 +22,16 @@ use umbra_api::wire::setup::StreamSetup;
 use super::gate::Gate;
 use super::handover::HandOver;
 use super::machine::Input;
-use super::session::{Differing, Event, gone_soon};
+use super::session::{Differing, Event, Scrubbed, gone_soon};
 use crate::encode::{ApplyError, Decoder};
+use crate::heat::own_time;
 use crate::launch::ShadowRecord;
 use crate::link::{FrameReader, FrameWriter, Link, LinkError, ReadHalf, WriteHalf};
 use crate::qmp::{Client, Mark, QmpError};
 use crate::ram::{RamError, RamFile, ShadowRam};
 use crate::resume::fill::{self, FillError};
 use crate::resume::scrub::compare;
+use crate::resume::swapped::Turn;
 use crate::stream::StreamError;
 use crate::synth::Synth;
 
@@ -109,6 +111,8 @@ pub struct Feed {
     pub record: ShadowRecord,
     pub disks: HandOver,
     pub gate: Arc<Gate>,
+    /// In which time the scrub looks at all that waits in swap; `None`: never.
+    pub scrub_swap: Option<Duration>,
 }
 
 impl Feed {
@@ -132,6 +136,7 @@ impl Feed {
             decoder: None,
             shadow: None,
             names: Vec::new(),
+            swapped: None,
             seeded: false,
             finished: false,
         };
@@ -191,6 +196,8 @@ struct Intake {
     shadow: Option<(ShadowRam, Synth)>,
     /// Of the RAM blocks, by number.
     names: Vec<String>,
+    /// When the scrub looks at what waits in swap.
+    swapped: Option<Turn>,
     seeded: bool,
     /// The end of RAM was fed: only device state may follow.
     finished: bool,
@@ -272,6 +279,8 @@ impl Intake {
         self.decoder = Some(Decoder::new().map_err(|e| FeedError::Apply(e.to_string()))?);
         self.shadow = Some((ram, synth));
         self.names = setup.blocks.iter().map(|b| b.name.clone()).collect();
+        let pages = setup.blocks.iter().map(|b| b.pages() as usize);
+        self.swapped = Some(Turn::new(self.feed.scrub_swap, pages, Instant::now()));
         let _ = self.feed.events.send(Event::Setup {
             ram_bytes: setup.ram_bytes(),
         });
@@ -300,14 +309,19 @@ impl Intake {
             kind,
             when: "before the setup",
         })?;
-        let looked = compare(ram, sums, || self.feed.gate.is_hurried())?;
+        let begun = own_time();
+        let looked = compare(ram, sums, self.swapped.as_mut(), || self.feed.gate.is_hurried())?;
         let differing = looked.differing.first().map(|first| Differing {
             block: self.names.get(usize::from(sums.block)).cloned().unwrap_or_default(),
             pages: looked.differing.len() as u64,
             first: *first,
         });
-        let pages = looked.compared;
-        let _ = self.feed.events.send(Event::Scrubbed { pages, differing });
+        let _ = self.feed.events.send(Event::Scrubbed(Scrubbed {
+            pages: looked.compared,
+            from_swap: looked.from_swap,
+            cpu: own_time().saturating_sub(begun),
+            differing,
+        }));
         Ok(())
     }
 

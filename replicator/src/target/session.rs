@@ -50,10 +50,7 @@ pub enum Event {
     /// The ram connection has ended.
     RamLost(String),
     /// Pages were compared with what the source sent.
-    Scrubbed {
-        pages: u64,
-        differing: Option<Differing>,
-    },
+    Scrubbed(Scrubbed),
     Loaded {
         load_us: u64,
     },
@@ -76,6 +73,15 @@ pub enum Event {
     LetGo(Sender<()>),
     /// The VM went on to another host: stop watching it, and touch nothing.
     Leave,
+}
+
+#[derive(Debug)]
+pub struct Scrubbed {
+    pub pages: u64,
+    /// Of them, those that waited in swap.
+    pub from_swap: u64,
+    pub cpu: Duration,
+    pub differing: Option<Differing>,
 }
 
 /// Pages of a RAM block that are not what the source sent.
@@ -328,7 +334,7 @@ impl Session {
                 }
                 self.publish();
             }
-            Event::Scrubbed { pages, differing } => self.scrubbed(pages, differing),
+            Event::Scrubbed(found) => self.scrubbed(found),
             Event::Loaded { load_us } => {
                 self.load_us = load_us;
                 self.input(Input::Loaded);
@@ -356,9 +362,12 @@ impl Session {
         }
     }
 
-    fn scrubbed(&mut self, pages: u64, differing: Option<Differing>) {
-        self.progress.resume.scrubbed_pages += pages;
-        if let Some(Differing { block, pages, first }) = differing {
+    fn scrubbed(&mut self, found: Scrubbed) {
+        let resume = &mut self.progress.resume;
+        resume.scrubbed_pages += found.pages;
+        resume.scrubbed_swap_pages += found.from_swap;
+        resume.scrub_cpu_us += found.cpu.as_micros() as u64;
+        if let Some(Differing { block, pages, first }) = found.differing {
             tracing::error!(vm = %self.plan.vm, block, pages, first, "scrub: the shadow's memory is not what was sent");
             self.progress.resume.differing_pages += pages;
             self.say(&Message::Differs { block, pages, first });

@@ -4,12 +4,17 @@
 //! it changes 2,000 pages a second besides: rounds of a fixed loop and writes to a few pages (one web request each), records on its disk,
 //! each with `fdatasync`, and small web requests, one after the other. One more row is another case than the aim's: pages that it
 //! writes as fast as it can.
+//! What the scrub costs of it both replicators count themselves: between on and off the difference is below what the loads differ
+//! from run to run.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use umbra_api::replica::{Resumption, Role};
+use umbra_replicator::resume::sum;
+use umbra_replicator::stream::items::PAGE_SIZE;
 
 use super::Options;
 use super::rows::{Row, median};
@@ -50,11 +55,21 @@ struct Load {
     target: f64,
 }
 
+/// What the scrub costs while the guest writes at the row `busy`'s rate.
+#[derive(Clone, Copy, Debug)]
+struct Scrub {
+    source: f64,
+    target: f64,
+    source_s_per_gb: f64,
+    target_s_per_gb: f64,
+}
+
 /// One run's figures: throughputs a second by case, loads by row.
 #[derive(Default)]
 struct Figures {
     rates: BTreeMap<&'static str, f64>,
     loads: BTreeMap<&'static str, Load>,
+    scrub: Option<Scrub>,
 }
 
 pub fn run(options: &Options) -> Result<Vec<Row>> {
@@ -123,7 +138,53 @@ fn rows(alone: &[Figures], shadowed: &[Figures]) -> Vec<Row> {
         row("source_cpu_pct", |_, s| s.source);
         row("target_cpu_pct", |_, s| s.target);
     }
+    let mut row = |metric, unit, of: fn(Scrub) -> f64| {
+        let all: Vec<f64> = shadowed.iter().filter_map(|f| f.scrub.map(of)).collect();
+        rows.extend(median(&all).map(|v| Row::new("scrub", metric, unit, v, runs)));
+    };
+    row("source_cpu_pct", "%", |s| s.source);
+    row("target_cpu_pct", "%", |s| s.target);
+    row("source_cpu_s_per_gb", "s/GB", |s| s.source_s_per_gb);
+    row("target_cpu_s_per_gb", "s/GB", |s| s.target_s_per_gb);
+    rows.push(Row::new("scrub", "sum_ns", "ns/page", sum_ns(), 1));
     rows
+}
+
+/// What noting a page's sum costs the source, for each page that it sends.
+fn sum_ns() -> f64 {
+    const PAGES: u32 = 200_000;
+    let mut page = [0x5a; PAGE_SIZE];
+    let start = Instant::now();
+    for n in 0..PAGES {
+        page[..4].copy_from_slice(&n.to_le_bytes());
+        std::hint::black_box(sum(std::hint::black_box(&page)));
+    }
+    start.elapsed().as_nanos() as f64 / f64::from(PAGES)
+}
+
+/// What both sides count meanwhile; a shadow that is not there is not scrubbed.
+fn scrub(pair: &Pair, window: Duration) -> Result<Option<Scrub>> {
+    let look = || -> Result<Option<(Resumption, Resumption)>> {
+        let of = |host, role| Ok::<_, anyhow::Error>(pair.replica(host, role)?.map(|r| r.progress.resume));
+        Ok(of("a", Role::Source)?.zip(of("b", Role::Target)?))
+    };
+    let Some((source, target)) = look()? else {
+        return Ok(None);
+    };
+    let start = Instant::now();
+    sleep(window);
+    let took = start.elapsed().as_secs_f64();
+    let (source_then, target_then) = look()?.context("the shadow is gone")?;
+    let cpu = |now: Resumption, then: Resumption| then.scrub_cpu_us.saturating_sub(now.scrub_cpu_us) as f64 / 1e6;
+    let pages = target_then.scrubbed_pages.saturating_sub(target.scrubbed_pages);
+    let gb = (pages * PAGE_SIZE as u64) as f64 / 1e9;
+    let (source, target) = (cpu(source, source_then), cpu(target, target_then));
+    Ok((pages > 0).then_some(Scrub {
+        source: 100.0 * source / took,
+        target: 100.0 * target / took,
+        source_s_per_gb: source / gb,
+        target_s_per_gb: target / gb,
+    }))
 }
 
 fn measure(pair: &mut Pair, window: Duration) -> Result<Figures> {
@@ -135,6 +196,7 @@ fn measure(pair: &mut Pair, window: Duration) -> Result<Figures> {
         sleep(Duration::from_millis(600));
         f.loads.insert(row, load(pair, window)?);
     }
+    f.scrub = scrub(pair, window)?;
     // What is translated and cached the first time is not the shadow's fault.
     for (case, path) in [("", "/stats"), ("cpu", "/"), ("memory", "/memory"), ("http", "/stats")] {
         f.rates.insert(case, requests(pair, path, window)?);

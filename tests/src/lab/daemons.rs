@@ -52,6 +52,8 @@ pub struct Settings {
     pub silence_ms: Option<u64>,
     /// Images that are set aside for disks, by the path of the primary's.
     pub disks: BTreeMap<PathBuf, PathBuf>,
+    /// In which time the scrub looks at what waits in swap.
+    pub scrub_swap_s: Option<u64>,
 }
 
 /// Where a replicator looks for a fault that a test orders.
@@ -188,6 +190,9 @@ fn replicator_toml(host: &Host, settings: &Settings, tables: &str) -> Result<Str
     }
     for (disk, image) in &settings.disks {
         more += &format!("disks.\"{}\" = \"{}\"\n", disk.display(), image.display());
+    }
+    if let Some(s) = settings.scrub_swap_s {
+        more += &format!("tiers.scrub_swap_s = {s}\n");
     }
     Ok(format!(
         "host = \"{}\"\nlisten = \"{ip}:{REPLICATOR}\"\nlink_listen = \"{ip}:{LINK}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\

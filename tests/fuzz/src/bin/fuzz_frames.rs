@@ -75,7 +75,7 @@ fn take(kind: Kind, payload: &[u8]) {
         Kind::Sums => {
             if let Ok(sums) = Sums::decode(payload) {
                 assert_eq!(sums.encode(), payload);
-                TARGET.with_borrow(|t| t.as_ref().map(|(_, ram)| compare(ram, &sums, || false)));
+                TARGET.with_borrow(|t| t.as_ref().map(|(_, ram)| compare(ram, &sums, None, || false)));
             }
         }
         Kind::DeviceState | Kind::StreamEnd | Kind::Disk => {}
