@@ -100,7 +100,7 @@ pub struct Limits {
 }
 
 /// How far the copy of one private disk is.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct DiskProgress {
     /// The primary's image.
     pub path: String,
@@ -111,6 +111,13 @@ pub struct DiskProgress {
     /// a second time after a break.
     #[serde(default)]
     pub link_bytes: u64,
+    /// Bytes of both sides that were compared in standby; ranges of 64 KiB that differed for good, and those of them that were mended.
+    #[serde(default)]
+    pub scrubbed_bytes: u64,
+    #[serde(default)]
+    pub differing_ranges: u64,
+    #[serde(default)]
+    pub mended_ranges: u64,
     /// The first full copy is complete; what the guest writes follows.
     pub ready: bool,
 }

@@ -2,7 +2,7 @@
 //!
 //! In reading order: what QEMU says ([`qmp`], [`proc`], [`stream`]), what a shadow is made of ([`adopt`], [`launch`],
 //! [`ram`], [`synth`], [`tap`]), what it costs ([`tier`], [`memory`]), how pages travel ([`encode`], [`pacing`] and [`heat`], [`link`], [`bucket`], [`limits`], [`urgent`],
-//! disks by [`tunnel`]), what must not be forgotten ([`journal`]), how a copy that broke off goes on ([`resume`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]). [`faults`] is for tests.
+//! disks by [`tunnel`], and [`nbd`] to look at them), what must not be forgotten ([`journal`]), how a copy that broke off goes on ([`resume`]), the two sides ([`source`], [`target`]), and what holds them together ([`engine`], [`http`], [`config`]). [`faults`] is for tests.
 
 pub mod adopt;
 pub mod bucket;
@@ -18,6 +18,7 @@ pub mod limits;
 pub mod link;
 pub mod memory;
 pub mod metrics;
+pub mod nbd;
 pub mod pacing;
 pub mod proc;
 pub mod qmp;

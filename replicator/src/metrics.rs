@@ -191,7 +191,7 @@ const GAUGES: [(&str, &str, Value); 30] = [
 
 type DiskGauge = (&'static str, &'static str, fn(&DiskProgress) -> u64);
 
-const DISK_GAUGES: [DiskGauge; 4] = [
+const DISK_GAUGES: [DiskGauge; 7] = [
     (
         "umbra_replica_disk_total_bytes",
         "What is to be copied of a private disk by now, with what the guest wrote since",
@@ -204,6 +204,21 @@ const DISK_GAUGES: [DiskGauge; 4] = [
         "umbra_replica_disk_link_bytes",
         "What travelled of a private disk, also a second time after a break",
         |d| d.link_bytes,
+    ),
+    (
+        "umbra_replica_disk_scrubbed_bytes",
+        "Bytes of a private disk and of its image that were compared",
+        |d| d.scrubbed_bytes,
+    ),
+    (
+        "umbra_replica_disk_differing_ranges",
+        "Ranges of 64 KiB of a disk's image that were found damaged",
+        |d| d.differing_ranges,
+    ),
+    (
+        "umbra_replica_disk_mended_ranges",
+        "Those of them that were written anew",
+        |d| d.mended_ranges,
     ),
     (
         "umbra_replica_disk_ready",
@@ -328,6 +343,7 @@ mod tests {
                 copied_bytes: 4096,
                 link_bytes: 4170,
                 ready: true,
+                ..DiskProgress::default()
             }],
             error: None,
         };

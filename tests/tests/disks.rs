@@ -305,9 +305,13 @@ fn fill(n: u64) -> Vec<u8> {
     (0..FILL).map(|_| next()).collect()
 }
 
+/// Where nothing is ever written.
+const HOLE: u64 = 201 * FILL as u64;
+
 /// Where parts of a disk of [`MIB`] are filled.
 fn filled() -> impl Iterator<Item = u64> {
-    (0..(MIB << 20) / (2 * FILL as u64)).map(|n| (2 * n + 1) * FILL as u64)
+    let all = (0..(MIB << 20) / (2 * FILL as u64)).map(|n| (2 * n + 1) * FILL as u64);
+    all.filter(|at| *at != HOLE)
 }
 
 /// The disks' copies once nothing is left to be copied.
@@ -475,6 +479,68 @@ fn a_mirror_that_is_not_on_record_is_not_touched() {
         pair.wait_alone()?;
         pair.protect("a", "b")?;
         pair.wait_standby("a")?;
+        Ok(())
+    });
+}
+
+/// What the source tells of each disk's scrub.
+fn scrubbed(pair: &Pair, until: impl Fn(&[DiskProgress]) -> bool) -> Result<Vec<DiskProgress>> {
+    wait_for("the scrub of the disks", Duration::from_secs(180), || {
+        let r = pair.replica("a", Role::Source)?.context("no replica")?;
+        ensure!(
+            r.phase == Phase::Standby,
+            "a scrub ends no copy: {:?} {:?}",
+            r.phase,
+            r.error
+        );
+        Ok(until(&r.disks).then_some(r.disks))
+    })
+}
+
+#[test]
+fn damaged_images_of_a_shadow_are_found_and_mended_while_the_guest_writes() {
+    with_full_disks("disks_scrub", |pair, aside| {
+        pair.protect("a", "b")?;
+        pair.wait_standby("a")?;
+        copied(pair)?;
+        let whole = MIB << 20;
+        // A guest that writes all the time is no damage.
+        let clean = scrubbed(pair, |d| d.iter().all(|d| d.scrubbed_bytes >= whole))?;
+        ensure!(
+            clean.iter().all(|d| d.differing_ranges == 0),
+            "nothing is damaged: {clean:?}"
+        );
+        let own = images(pair, "b")?.swap_remove(0);
+        // Behind the daemon's back: a bit in a full range of each image, and a byte where nothing was ever written.
+        let (first, last) = (
+            filled().next().context("no range")?,
+            filled().last().context("no range")?,
+        );
+        let ranges = [(&own, first, 1), (&aside, last, 1), (&aside, HOLE, 0)];
+        for (image, at, bit) in ranges {
+            let (file, mut byte) = (File::options().read(true).write(true).open(image)?, [0]);
+            file.read_exact_at(&mut byte, at + 4711)?;
+            ensure!(bit == 1 || byte == [0], "a hole");
+            file.write_all_at(&[byte[0] ^ 0x10], at + 4711)?;
+        }
+        let found = scrubbed(pair, |d| d.iter().map(|d| d.mended_ranges).sum::<u64>() == 3)?;
+        println!("{found:?}");
+        let differing: Vec<u64> = found.iter().map(|d| d.differing_ranges).collect();
+        ensure!(differing == [1, 2], "each is counted once, by disk: {found:?}");
+        for (image, at, bit) in ranges {
+            let mut found = vec![0; FILL];
+            File::open(image)?.read_exact_at(&mut found, at)?;
+            match bit {
+                1 => ensure!(found == fill(at), "{} at {at} is what it was", image.display()),
+                _ => ensure!(found[4711] == 0, "{} at {at} is empty again", image.display()),
+            }
+        }
+        // Its QEMU's NBD server is somebody else's to have, most of the time; and a switchover finds mirrors that go on.
+        let told = acknowledged(pair)?;
+        pair.switchover("a")?;
+        ensure!(pair.wait_runs()? == "b", "after the switchover it runs on b");
+        check(pair, &[own, aside], &told)?;
+        ensure!(pair.errors()? == 0, "no error in memory or on a disk");
         Ok(())
     });
 }

@@ -127,6 +127,19 @@ pub enum Message {
         /// The first one's number.
         first: u64,
     },
+    /// Sums of the primary's disk, of ranges that follow each other from `from` on ([`super::disk`]): does the image have the same?
+    DiskSums {
+        disk: usize,
+        from: u64,
+        sums: Vec<u64>,
+    },
+    /// The answer: so many bytes were compared, and ranges that begin there differ.
+    DiskLooked {
+        disk: usize,
+        from: u64,
+        bytes: u64,
+        differing: Vec<u64>,
+    },
     Refused {
         refusal: Refusal,
     },

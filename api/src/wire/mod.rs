@@ -19,8 +19,10 @@
 //! Versions: 1, the first. 2, batches of pages tell known pages and deltas, in runs, with a sum over the decoded pages.
 //! 3, a source asks for the images that were kept of a copy that broke off. 4, a ram connection begins with what the target still
 //! holds; sums of pages ([`hashes`]). 5, a copy's end is told again until it is heard.
+//! 6, sums of disks ([`disk`]).
 
 pub mod control;
+pub mod disk;
 pub mod frame;
 pub mod hashes;
 pub mod pages;
@@ -30,7 +32,7 @@ pub mod varint;
 use std::fmt;
 
 /// The version spoken here. A peer that speaks another one is refused by number.
-pub const LINK_VERSION: u16 = 5;
+pub const LINK_VERSION: u16 = 6;
 
 const MAGIC: &[u8; 8] = b"UMBRALNK";
 

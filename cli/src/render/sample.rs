@@ -151,7 +151,9 @@ pub fn vm() -> VmView {
             total_bytes: 3 << 30,
             copied_bytes: 3 << 30,
             link_bytes: 3221 << 20,
+            scrubbed_bytes: 5 << 30,
             ready: true,
+            ..DiskProgress::default()
         }],
         last_switchover: Some(SwitchoverReport {
             at: NOW.plus_ms(-60_000),

@@ -199,7 +199,15 @@ fn disk(d: &DiskProgress) -> String {
         true => "complete, what is written follows".to_owned(),
         false => format!("{} of {} copied", bytes(d.copied_bytes), bytes(d.total_bytes)),
     };
-    format!("{state}; {} on the link", bytes(d.link_bytes))
+    let mut text = format!("{state}; {} on the link", bytes(d.link_bytes));
+    if d.scrubbed_bytes > 0 {
+        text += &format!(", {} compared", bytes(d.scrubbed_bytes));
+    }
+    if d.differing_ranges > 0 {
+        let ranges = count(d.differing_ranges as usize, "damaged range");
+        text += &format!("; {ranges} found in the image, {} mended", d.mended_ranges);
+    }
+    text
 }
 
 fn copy(look: &Look, p: &Progress) -> Vec<(&'static str, String)> {
@@ -363,7 +371,8 @@ Copy
                 copying 0.9 % of a CPU
 
 Disks
-  /srv/web.qcow2  complete, what is written follows; 3.1 GiB on the link
+  /srv/web.qcow2  complete, what is written follows; 3.1 GiB on the link, 5.0
+                  GiB compared
 
 Last switchover
   at                09:12:20, epoch 2
@@ -393,6 +402,22 @@ Events
         );
         r.broken_since = Some(sample::NOW);
         assert!(tell(r).unwrap().contains("goes on by itself (2 attempts so far)"));
+    }
+
+    #[test]
+    fn a_damaged_disk_is_told() {
+        let damaged = DiskProgress {
+            scrubbed_bytes: 1 << 30,
+            differing_ranges: 2,
+            mended_ranges: 1,
+            ready: true,
+            ..DiskProgress::default()
+        };
+        let text = disk(&damaged);
+        assert!(
+            text.ends_with("1.0 GiB compared; 2 damaged ranges found in the image, 1 mended"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -292,9 +292,7 @@ fn mirror(qmp: &Client, n: usize, disk: &Disk, way: &Way<'_>, crew: &Arc<Crew>) 
         progress: DiskProgress {
             path: disk.path.clone(),
             total_bytes: disk.bytes,
-            copied_bytes: 0,
-            link_bytes: 0,
-            ready: false,
+            ..DiskProgress::default()
         },
         disk: disk.clone(),
         door,

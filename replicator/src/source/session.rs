@@ -8,6 +8,7 @@ mod disks;
 mod interfere;
 mod open;
 mod pace;
+mod scrubs;
 mod undecided;
 
 use std::collections::VecDeque;
@@ -22,6 +23,7 @@ use umbra_api::wire::control::{Message, ShadowSpec};
 use umbra_api::{Epoch, HostId, VmId};
 
 use self::again::Again;
+use self::scrubs::Scrubs;
 use self::undecided::{Abort, Retries};
 use super::control::{Control, Target, Timeouts};
 use super::machine::{Action, Durable, Input, Machine, State};
@@ -29,6 +31,7 @@ use super::migration::{Migration, Rates};
 use super::mirror::{Mirrors, News};
 use super::pressure::Pressure;
 use super::pump::Shared;
+use super::scrub;
 use super::times::{Resumed, Times};
 use crate::engine::{Core, unix_ms};
 use crate::faults::{self, Side};
@@ -67,6 +70,8 @@ pub enum Event {
         disk: usize,
         news: News,
     },
+    /// Of the comparison of the disks.
+    Scrub(scrub::News),
     GuestReset,
     /// Somebody else did something to the VM with which the copy can't go on: what, in words.
     Interfered(String),
@@ -131,6 +136,7 @@ pub struct Session {
     qmp: Option<Client>,
     migration: Option<Migration>,
     mirrors: Option<Mirrors>,
+    scrub: Scrubs,
     /// The mirrors may wait for another link.
     waits: bool,
     /// The first full pass is in the shadow's RAM.
@@ -211,6 +217,7 @@ impl Session {
             qmp,
             migration: None,
             mirrors: None,
+            scrub: Scrubs::default(),
             waits: false,
             seeded: false,
             pump: Arc::default(),
@@ -275,6 +282,7 @@ impl Session {
             }
             self.tick(Instant::now());
         }
+        self.leave_scrub();
         if let Some(mut mirrors) = self.mirrors.take() {
             mirrors.undo();
         }
@@ -322,6 +330,7 @@ impl Session {
                     Err(refusal) => self.input(Input::Failed(refusal)),
                 }
             }
+            Event::Scrub(news) => self.scrub_says(news),
             // QEMU keeps the migration, and the rounds bring what the reset wrote.
             Event::GuestReset => tracing::info!(vm = %self.plan.vm, "the guest was reset"),
             Event::Interfered(what) => self.interfered(what),
@@ -347,7 +356,13 @@ impl Session {
     /// Inputs from outside of the driver, with what must be noted or checked at that moment.
     fn fate(&mut self, input: Input) {
         match &input {
-            Input::Switchover { .. } => self.times.ordered = Some(Instant::now()),
+            Input::Switchover { .. } => {
+                self.times.ordered = Some(Instant::now());
+                if !self.leave_scrub() {
+                    let why = "a damaged range of a disk was being mended, and it is not known how that went";
+                    return self.input(Input::LinkLost(why.into()));
+                }
+            }
             Input::Streamed if !matches!(self.machine.state, State::Stopping { .. }) => {
                 let why = "the migration completed unasked: somebody stopped the VM";
                 return self.input(Input::MigrationFailed(why.into()));
@@ -405,6 +420,17 @@ impl Session {
                 self.input(Input::Aborted { epoch });
             }
             Message::Refused { refusal } => self.input(Input::Refused(refusal)),
+            Message::DiskLooked {
+                disk,
+                from,
+                bytes,
+                differing,
+            } => self.scrub.heard(scrub::Looked {
+                disk,
+                from,
+                bytes,
+                differing,
+            }),
             Message::Differs { pages, block, first } => self.damaged(pages, &block, first),
             Message::Goodbye { reason } => self.input(Input::LinkLost(format!("the target says goodbye: {reason}"))),
             other => self.input(Input::LinkLost(format!(
@@ -474,6 +500,7 @@ impl Session {
                     self.waits = mirrors.can_wait();
                     mirrors.cut();
                 }
+                self.leave_scrub();
                 if let Some(Err(why)) = self.migration.take().map(|m| m.abandon()) {
                     tracing::error!(vm = %self.plan.vm, "the migration's end is not known: {why}");
                 }
@@ -557,6 +584,7 @@ impl Session {
             }
             self.ask_disks();
             self.maybe_seeded();
+            self.scrub_disks();
             let holding = matches!(self.machine.state, State::Seeding | State::Standby);
             if holding && self.pressure.may_throttle() {
                 self.ask_rates();

@@ -16,6 +16,7 @@ use umbra_api::wire::control::Message;
 use umbra_api::wire::frame::RoundEnd;
 use umbra_api::{Epoch, HostId, VmId};
 
+use super::compare::{Ask, Comparer};
 use super::gate::Gate;
 use super::handover::{HandOver, Syncer};
 use super::machine::{self, Action, Durable, Input, Machine, State};
@@ -153,6 +154,7 @@ pub struct Session {
     disks: HandOver,
     /// As long as a daemon writes them.
     syncer: Option<Syncer>,
+    comparer: Option<Comparer>,
     /// Who a stopped guest waits for.
     urgent: Option<Urgent>,
     load_us: u64,
@@ -251,6 +253,7 @@ impl Session {
         let tiers = Tiers::new(&record, core.config.tiers.shares());
         let disks = plan.disks.clone();
         let syncer = control.as_ref().and_then(|_| Syncer::start(&record));
+        let comparer = control.as_ref().and_then(|_| Comparer::start(&record));
         let mut session = Self {
             core,
             plan,
@@ -264,6 +267,7 @@ impl Session {
             tiers,
             disks,
             syncer,
+            comparer,
             urgent: None,
             load_us: 0,
             resumed: (0, 0),
@@ -404,6 +408,7 @@ impl Session {
                 if let Some(syncer) = &self.syncer {
                     syncer.now();
                 }
+                self.comparer = None;
                 self.gate.hurry();
                 self.tiers.lift();
                 // Its main loop is what loads.
@@ -423,6 +428,15 @@ impl Session {
                     // The feeder tries again.
                     tracing::warn!(vm = %self.plan.vm, "handing the disks over: {e}");
                 }
+            }
+            Message::DiskSums { disk, from, sums } => {
+                let ask = Ask {
+                    disk,
+                    from,
+                    sums,
+                    reply,
+                };
+                let _ = self.comparer.as_ref().map(|c| c.look(ask));
             }
             Message::Commit { epoch } => self.input(Input::Commit { epoch }),
             Message::Abort { epoch } => self.input(Input::Abort { epoch }),

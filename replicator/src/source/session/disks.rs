@@ -107,7 +107,8 @@ impl Session {
         if let State::Seeding | State::Standby = self.machine.state
             && let Some(mirrors) = self.mirrors.as_mut().filter(|m| !m.is_empty())
         {
-            let disks = mirrors.progress();
+            let mut disks = mirrors.progress();
+            self.scrub.count_in(&mut disks);
             self.status.lock().unwrap_or_else(PoisonError::into_inner).disks = disks;
         }
     }

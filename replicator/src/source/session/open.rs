@@ -58,6 +58,7 @@ impl Session {
         let known = self.what_is_held(&mut ram, &files)?;
         let resumed = waiting.filter(|_| resumed);
         let token = resumed.unwrap_or(session);
+        self.scrub.opened(session, token, disks.clone());
         if resumed.is_none() {
             self.make_way(&qmp, token, &disks)?;
         }

@@ -16,6 +16,7 @@ impl Session {
         self.qmp = None;
         self.tiers.end();
         self.syncer = None;
+        self.comparer = None;
         self.cleaned_up(launch::discard(&self.record, self.images()));
     }
 
@@ -28,6 +29,7 @@ impl Session {
         self.qmp = None;
         self.tiers.end();
         self.syncer = None;
+        self.comparer = None;
         self.cleaned_up(launch::hold(&self.record, self.images()));
     }
 
