@@ -212,6 +212,17 @@ impl Group {
     }
 }
 
+/// The group in which a process is, if this host's cpu controller is one of v1.
+pub fn v1_group_of(pid: i32) -> Option<PathBuf> {
+    let hierarchy = Hierarchy::detect(CONTROLLER).ok().filter(|h| h.kind == Kind::V1)?;
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = table.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        controllers.split(',').any(|c| c == CONTROLLER).then_some(path)
+    });
+    Some(hierarchy.mount.join(path?.trim_start_matches('/')))
+}
+
 /// Relative, and below the hierarchy.
 fn check_name(name: &Path) -> Result<(), TierError> {
     match name.components().all(|c| matches!(c, Component::Normal(_))) {

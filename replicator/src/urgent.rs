@@ -3,7 +3,9 @@
 //! A switchover passes through a dozen threads of two replicators and two QEMUs. On a host whose cores are busy (the very reason
 //! to leave it) each of them would wait for its turn, some milliseconds each. Real-time priority, the lowest there is, makes
 //! that none; the kernel sees to it that such threads leave others a share even if they ran wild. Where it is not allowed,
-//! everything works as well, and takes longer.
+//! everything works as well, and takes longer. Where only a cgroup of Umbra's own stands in the way, [`leave`] lets them.
+
+pub mod leave;
 
 use std::fs;
 use std::io;
@@ -11,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::libc;
 
+use self::leave::Leave;
 use crate::proc::ProcessId;
 
 /// Lets the calling thread, which does little and is waited for, go first as long as it lives.
@@ -21,25 +24,30 @@ pub fn this_thread() {
 
 /// Threads that go first until this is dropped.
 #[derive(Debug, Default)]
-pub struct Urgent(Vec<i32>);
+pub struct Urgent {
+    threads: Vec<i32>,
+    /// Behind them: a group can't lose it as long as it has such threads.
+    _leave: Option<Leave>,
+}
 
 impl Urgent {
-    /// Threads that have a real-time priority already keep theirs.
-    pub fn new(threads: impl IntoIterator<Item = i32>) -> Self {
+    /// Threads that have a real-time priority already keep theirs. Some may need leave, which ends with this.
+    pub fn new(threads: impl IntoIterator<Item = i32>, leave: Option<Leave>) -> Self {
         let ordinary = |t: &i32| policy(*t) == Some(libc::SCHED_OTHER);
-        Self(
-            threads
-                .into_iter()
-                .filter(ordinary)
-                .filter(|t| set(*t, libc::SCHED_RR).is_ok())
-                .collect(),
-        )
+        let urgent = threads
+            .into_iter()
+            .filter(ordinary)
+            .filter(|t| set(*t, libc::SCHED_RR).is_ok());
+        Self {
+            threads: urgent.collect(),
+            _leave: leave,
+        }
     }
 }
 
 impl Drop for Urgent {
     fn drop(&mut self) {
-        for thread in &self.0 {
+        for thread in &self.threads {
             // It may have ended.
             let _ = set(*thread, libc::SCHED_OTHER);
         }
@@ -85,11 +93,17 @@ pub fn to_its_end(pid: i32) {
     }
 }
 
-/// After a restart: a QEMU's main loop, which a switchover may have left so.
-pub fn calm(process: ProcessId) {
-    if process.alive() && policy(process.pid) == Some(libc::SCHED_RR) {
-        let _ = set(process.pid, libc::SCHED_OTHER);
+/// After a restart: a QEMU's threads, which a switchover may have left so, in a group below `parent` perhaps.
+pub fn calm(process: ProcessId, parent: &str) {
+    if !process.alive() {
+        return;
     }
+    for thread in threads(process.pid) {
+        if policy(thread) == Some(libc::SCHED_RR) {
+            let _ = set(thread, libc::SCHED_OTHER);
+        }
+    }
+    leave::withdraw(process.pid, parent);
 }
 
 /// The threads of a process.
@@ -154,8 +168,8 @@ mod tests {
         });
         let thread = thread.recv().unwrap();
         assert!(threads(std::process::id() as i32).contains(&thread));
-        let urgent = Urgent::new([thread, -1]);
-        if urgent.0.is_empty() {
+        let urgent = Urgent::new([thread, -1], None);
+        if urgent.threads.is_empty() {
             println!("SKIPPED: real-time priorities are not allowed here");
             return;
         }
@@ -164,5 +178,34 @@ mod tests {
         assert_eq!(policy(thread), Some(libc::SCHED_OTHER));
         drop(tell);
         other.join().unwrap();
+    }
+
+    #[test]
+    fn a_process_in_a_group_of_ours_is_urgent_too() {
+        let parent = format!("umbra-test-{}", std::process::id());
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id() as i32;
+        let group = crate::tier::Group::create(&parent, "vm-x");
+        let moved = group.as_ref().ok().filter(|g| g.add(pid).is_ok());
+        let urgent = Urgent::new([pid], Leave::give(pid, &parent));
+        let is = policy(pid);
+        drop(urgent);
+        let was = policy(pid);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if moved.is_none() || set(0, libc::SCHED_OTHER).is_err() || !may_be_urgent() {
+            println!("SKIPPED: no cgroups, or no real-time priorities, are allowed here");
+        } else {
+            assert_eq!((is, was), (Some(libc::SCHED_RR), Some(libc::SCHED_OTHER)));
+        }
+        if let Ok(group) = group {
+            crate::tier::remove_group(group.path()).unwrap();
+            crate::tier::remove_parent(&parent).unwrap();
+        }
+    }
+
+    /// A thread of this process, outside of any group of ours.
+    fn may_be_urgent() -> bool {
+        std::thread::spawn(|| set(0, libc::SCHED_RR).is_ok()).join().unwrap()
     }
 }

@@ -38,6 +38,7 @@ use crate::faults::{self, Side};
 use crate::pacing::Round;
 use crate::proc::ProcessId;
 use crate::qmp::Client;
+use crate::urgent::leave::Leave;
 use crate::urgent::{self, Urgent};
 
 /// While the first pass goes on, QEMU is asked how far it is.
@@ -155,6 +156,8 @@ pub struct Session {
     report: SwitchoverReport,
     /// Who a stopped guest waits for.
     urgent: Option<Urgent>,
+    /// For its QEMU, if that was a shadow once: asked for before the guest is stopped.
+    leave: Option<Leave>,
     give_up_at: Option<Instant>,
     retries: Retries,
 }
@@ -233,6 +236,7 @@ impl Session {
             times: Times::default(),
             report: SwitchoverReport::default(),
             urgent: None,
+            leave: None,
             give_up_at: None,
             retries: Retries::default(),
         }
@@ -388,7 +392,7 @@ impl Session {
             let workers = disks.map(|m| (m.threads(), urgent::threads(self.plan.process.pid)));
             let (carriers, workers) = workers.unwrap_or_default();
             let own = migration.threads().iter().copied().chain([pump]);
-            self.urgent = Some(Urgent::new(own.chain(carriers).chain(workers)));
+            self.urgent = Some(Urgent::new(own.chain(carriers).chain(workers), self.leave.take()));
         }
     }
 
@@ -556,6 +560,7 @@ impl Session {
         if let Some(lost) = self.say(&Message::Prepare { epoch }) {
             return Some(lost);
         }
+        self.leave = Leave::give(self.plan.process.pid, &self.core.config.cgroup);
         let acknowledged = self.migration.as_ref().map_or(Ok(()), Migration::acknowledge);
         self.pump.hurry();
         acknowledged
@@ -602,8 +607,9 @@ impl Session {
     }
 
     fn publish(&mut self) {
-        if self.urgent.is_some() && self.machine.phase() != Phase::Switching {
+        if self.machine.phase() != Phase::Switching {
             self.urgent = None;
+            self.leave = None;
         }
         let (report, phase) = (self.report, self.machine.phase());
         self.progress.seeded_bytes = self.pump.seeded_bytes.load(Ordering::Relaxed);

@@ -28,6 +28,7 @@ use crate::link::{FrameWriter, WriteHalf};
 use crate::memory::pages::Pages;
 use crate::proc::ProcessId;
 use crate::qmp::{self, Client, Mark};
+use crate::urgent::leave::Leave;
 use crate::urgent::{self, Urgent};
 
 const TICK: Duration = Duration::from_secs(1);
@@ -202,7 +203,7 @@ impl Session {
         qmp: Option<Client>,
     ) -> std::io::Result<Handle> {
         if let Some(process) = record.process {
-            urgent::calm(process);
+            urgent::calm(process, &core.config.cgroup);
         }
         Tiers::new(&record, core.config.tiers.shares()).restore();
         let (shadow, waits) = ask(&record, qmp.as_ref());
@@ -418,7 +419,8 @@ impl Session {
                     urgent::to_its_end(daemon.pid);
                 }
                 let threads = main_loop.into_iter().chain(self.feeder).chain(carriers);
-                self.urgent = Some(Urgent::new(threads));
+                let leave = main_loop.and_then(|pid| Leave::give(pid, &self.core.config.cgroup));
+                self.urgent = Some(Urgent::new(threads, leave));
                 self.input(Input::Prepare { epoch });
             }
             Message::DisksEqual { .. } => {

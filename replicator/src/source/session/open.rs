@@ -107,7 +107,7 @@ impl Session {
 
     /// After a restart: what the disk says, checked against the primary.
     pub(super) fn recover(&mut self, durable: Durable) {
-        urgent::calm(self.plan.process);
+        urgent::calm(self.plan.process, &self.core.config.cgroup);
         let primary = ask_primary(self.plan.process, self.qmp.as_ref());
         let primary = primary.unwrap_or_else(|e| match durable {
             // Whether a copy can go on is looked at before its next pass.
