@@ -31,9 +31,9 @@ impl Leave {
     fn give_to(group: PathBuf) -> Option<Self> {
         let _changes = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
         let above = group.parent().filter(|_| read(&group) == Some(0))?;
-        write(above, read(above)? + TIME_US)?;
+        write(above, of_all_below(above) + TIME_US)?;
         if write(&group, TIME_US).is_none() {
-            write(above, read(above)?.saturating_sub(TIME_US));
+            write(above, of_all_below(above));
             return None;
         }
         Some(Self(group))
@@ -55,13 +55,17 @@ pub fn withdraw(pid: i32, parent: &str) {
 
 fn take_back(group: &Path) {
     let _changes = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
-    // The group may be gone with its VM: what the one above has is nobody's then.
+    // The group may be gone with its VM.
     write(group, 0);
-    if let Some(above) = group.parent()
-        && let Some(time) = read(above)
-    {
-        write(above, time.saturating_sub(TIME_US));
+    if let Some(above) = group.parent() {
+        write(above, of_all_below(above));
     }
+}
+
+/// The one above needs this and no more, whatever it was left with by a replicator that died.
+fn of_all_below(above: &Path) -> u64 {
+    let groups = fs::read_dir(above).into_iter().flatten().flatten();
+    groups.filter_map(|g| read(&g.path())).sum()
 }
 
 fn group(pid: i32, parent: &str) -> Option<PathBuf> {
@@ -93,7 +97,8 @@ mod tests {
             fs::write(group.join(FILE), "0\n").unwrap();
         }
         assert!(Leave::give_to(groups[0].clone()).is_none(), "there is none to give");
-        fs::write(parent.join(FILE), "0\n").unwrap();
+        // As it is left if a VM goes while the replicator is dead.
+        fs::write(parent.join(FILE), "300000\n").unwrap();
         let leaves = groups.clone().map(Leave::give_to);
         assert!(leaves.iter().all(Option::is_some));
         assert_eq!((read(&parent), read(&groups[1])), (Some(600_000), Some(300_000)));
