@@ -47,7 +47,7 @@ impl Case {
 }
 
 fn cases() -> Vec<Case> {
-    let mut nics = Case::new("pc, memfd, 3 NICs", "pc", 1, Ram::Memfd);
+    let mut nics = Case::new("pc of 8.1, memfd, 3 NICs", "pc-i440fx-8.1", 1, Ram::Memfd);
     nics.hardware.nics = 3;
     let mut uefi = Case::new("q35, UEFI with variables", "q35", 1, Ram::Anonymous);
     uefi.hardware.uefi = true;
@@ -57,7 +57,7 @@ fn cases() -> Vec<Case> {
     vec![
         Case::new("q35, 2 vCPUs, shared file", "q35", 2, Ram::File { share: true }),
         Case::new("pc, 2 vCPUs", "pc", 2, Ram::Anonymous),
-        Case::new("q35, private file", "q35", 1, Ram::File { share: false }),
+        Case::new("q35 of 8.1, private file", "pc-q35-8.1", 1, Ram::File { share: false }),
         nics,
         microvm,
         uefi,

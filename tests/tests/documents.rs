@@ -7,11 +7,12 @@ use std::process::{Command, Output};
 
 use umbra_tests::lab::daemons::Binaries;
 
-const DOCUMENTS: [&str; 6] = [
+const DOCUMENTS: [&str; 7] = [
     "README.md",
     "ARCHITECTURE.md",
     "SPECIFICATION.md",
     "FAULTS.md",
+    "VERSIONS.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ];

@@ -12,7 +12,7 @@ use umbra_api::wire::control::{Arg, Disk, Nic, RamBlock, ShadowSpec};
 use super::facts::{Facts, Storage};
 use super::options::{Opts, Pair};
 use super::rules::{DISKS, OBJECTS_CARRIED, Rule, TERMINAL, device_refusal, rule};
-use super::{chardev, cpu, disk, netdev};
+use super::{ability, chardev, cpu, disk, netdev};
 use crate::launch::QMP_ID;
 use crate::launch::command::is_plain_name;
 use crate::qmp::Version;
@@ -40,14 +40,18 @@ pub fn derive(args: &[String], facts: &Facts) -> Result<Derived, Refusal> {
     }
 }
 
-/// The same with every refusal, in the command line's order. With any of them there is no spec.
+/// The same with every refusal: QEMU's own first, then in the command line's order. With any of them there is no spec.
 pub fn all(args: &[String], facts: &Facts) -> (Option<Derived>, Vec<Refusal>) {
     let Some((program, args)) = args.split_first() else {
         return (None, vec![unsupported("an empty command line")]);
     };
+    let (mut refusals, warnings) = ability::check(args, facts);
     let mut walk = Walk::new(args, facts);
+    walk.warnings = warnings;
     walk.run();
-    walk.finish(program)
+    let (derived, others) = walk.finish(program);
+    refusals.extend(others);
+    (derived.filter(|_| refusals.is_empty()), refusals)
 }
 
 pub(super) fn unsupported(why: impl Into<String>) -> Refusal {
@@ -541,4 +545,4 @@ impl<'a> NextValue<'a> for std::slice::Iter<'a, String> {
 
 #[cfg(test)]
 #[path = "derive_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use umbra_api::VmId;
 
 use super::*;
+use crate::adopt::ability::{Ability, NEEDED};
 use crate::adopt::facts::{BlockNode, Memdev, Tap};
 use crate::launch::ShadowRecord;
 use crate::launch::command;
@@ -11,11 +12,11 @@ use crate::launch::command;
 const UUID: &str = "6e3a0b3e-6f3d-4a83-9a55-0f6a3d1f2c11";
 
 /// Splits at blanks; `~` stands for a blank within an argument.
-fn line(text: &str) -> Vec<String> {
+pub(in crate::adopt) fn line(text: &str) -> Vec<String> {
     text.split_whitespace().map(|a| a.replace('~', " ")).collect()
 }
 
-fn demo() -> Vec<String> {
+pub(in crate::adopt) fn demo() -> Vec<String> {
     line(&format!(
         "/usr/bin/qemu-system-x86_64 -uuid {UUID} -name web,debug-threads=on -nodefaults -no-user-config -display none \
          -accel tcg -M q35 -m 256 -smp 1 -kernel vmlinuz -initrd /boot/initrd -append console=ttyS0~rate=1,000 \
@@ -48,13 +49,23 @@ fn libvirt() -> Vec<String> {
     ))
 }
 
-fn facts() -> Facts {
+/// What QEMU 10.0 can.
+pub(in crate::adopt) fn able() -> Ability {
+    Ability {
+        capabilities: NEEDED.map(|name| (name.to_owned(), false)).into(),
+        told_bandwidth: true,
+        ..Ability::default()
+    }
+}
+
+pub(in crate::adopt) fn facts() -> Facts {
     Facts {
         version: Version {
             major: 10,
             minor: 0,
             micro: 2,
         },
+        ability: able(),
         machine: "pc-q35-10.0".into(),
         default_ram_id: "pc.ram".into(),
         memdevs: vec![Memdev {

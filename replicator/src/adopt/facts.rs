@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 use umbra_api::order::{Refusal, RefusalCode};
 
+use super::ability::Ability;
 use crate::proc::{self, QemuProcess};
 use crate::qmp::{Client, QmpError, Version};
 use crate::tap;
@@ -25,6 +26,7 @@ pub enum Storage {
 #[derive(Clone, PartialEq, Debug)]
 pub struct Facts {
     pub version: Version,
+    pub ability: Ability,
     /// Versioned: `pc-q35-10.0`.
     pub machine: String,
     /// Id of the RAM backend that the machine makes if it is given none; empty if it makes none.
@@ -77,6 +79,7 @@ impl Facts {
         let machine = kind.strip_suffix("-machine").unwrap_or(&kind).to_owned();
         Ok(Self {
             version: qmp.version(),
+            ability: Ability::ask(qmp)?,
             default_ram_id: default_ram_id(qmp, &machine)?,
             machine,
             memdevs: memdevs(qmp)?,

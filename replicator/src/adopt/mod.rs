@@ -3,6 +3,7 @@
 //! [`derive`] is the pure core, with [`rules`] as its table; [`facts`] gathers what it must know; this file finds the process.
 //! If several QEMUs have the VM's UUID (a primary that was switched away from, a shadow that waits), the one that runs is it.
 
+pub mod ability;
 mod chardev;
 pub mod cpu;
 pub mod derive;

@@ -33,6 +33,7 @@ use umbra_api::VmId;
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::wire::control::ShadowSpec;
 
+use crate::adopt::ability;
 use crate::memory::group::MemoryGroup;
 use crate::proc::{self, ProcessId, Scope};
 use crate::qmp::{Client, QmpError, Version};
@@ -354,9 +355,17 @@ fn prepare(
     warnings: &mut Vec<String>,
 ) -> Result<OwnedFd, Refusal> {
     check_version(spec, qmp.version(), warnings)?;
-    let on = |name: &str| json!({"capability": name, "state": true});
-    // late-block-activate: images that both sides share stay the primary's until `cont`.
-    let capabilities = json!({"capabilities": [on("x-ignore-shared"), on("events"), on("late-block-activate")]});
+    let missing = ability::missing(qmp, &CAPABILITIES)?;
+    if !missing.is_empty() {
+        let why = format!(
+            "the target's QEMU {} has no migration capability {}, which a shadow needs; install another QEMU there",
+            qmp.version(),
+            missing.join(", ")
+        );
+        return Err(Refusal::new(RefusalCode::TargetLacks, why));
+    }
+    let on = CAPABILITIES.map(|name| json!({"capability": name, "state": true}));
+    let capabilities = json!({ "capabilities": on });
     qmp.execute("migrate-set-capabilities", capabilities)?;
     let (ours, theirs) = UnixStream::pair().map_err(|e| local("a socket pair", e))?;
     qmp.execute_with_fd("getfd", json!({"fdname": "umbra-incoming"}), theirs.as_fd())?;
@@ -370,6 +379,9 @@ fn prepare(
         }
     }
 }
+
+/// late-block-activate: images that both sides share stay the primary's until `cont`.
+const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "events", "late-block-activate"];
 
 fn check_version(spec: &ShadowSpec, here: Version, warnings: &mut Vec<String>) -> Result<(), Refusal> {
     let (major, minor, micro) = spec.qemu_version;

@@ -12,6 +12,8 @@
 
 pub mod client;
 pub mod codec;
+#[cfg(test)]
+pub mod fake;
 
 use std::io;
 use std::path::PathBuf;

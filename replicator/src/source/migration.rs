@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::machine::Input;
 use super::session::Event;
 use super::whose;
+use crate::adopt::ability;
 use crate::proc::ProcessId;
 use crate::qmp::{Client, QmpError};
 use crate::stream::return_path;
@@ -23,8 +24,8 @@ const DOWNTIME_LIMIT_MS: u64 = 100;
 /// No limit in practice: the rounds are paced by reading.
 const MAX_BANDWIDTH: u64 = 4 << 30;
 
-/// Capabilities that change the stream's format, or let the guest run ahead of it.
-const OFF: [&str; 11] = [
+/// Capabilities that change the stream's format, let the guest run ahead of it, or only go with others of these.
+const OFF: [&str; 17] = [
     "auto-converge",
     "dirty-limit",
     "xbzrle",
@@ -36,6 +37,13 @@ const OFF: [&str; 11] = [
     "x-colo",
     "pause-before-switchover",
     "validate-uuid",
+    "dirty-bitmaps",
+    "release-ram",
+    "zero-copy-send",
+    "postcopy-preempt",
+    // In 8.2 and older.
+    "compress",
+    "block",
 ];
 
 /// QEMU's auto-converge can't be switched on while a migration runs, and knows no 0: a guest that may be throttled loses this much.
@@ -85,10 +93,10 @@ impl Migration {
         throttle: bool,
     ) -> Result<(Self, UnixStream), QmpError> {
         let set = |name: &str, on: bool| json!({"capability": name, "state": on});
-        qmp.execute(
-            "migrate-set-capabilities",
-            json!({"capabilities": off_capabilities(qmp)?}),
-        )?;
+        let off = off_capabilities(&ability::capabilities(qmp)?);
+        if !off.is_empty() {
+            qmp.execute("migrate-set-capabilities", json!({ "capabilities": off }))?;
+        }
         let on = ["events", "return-path", "switchover-ack"].map(|c| set(c, true));
         qmp.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
         if pause {
@@ -100,12 +108,8 @@ impl Migration {
             qmp.execute("migrate-set-capabilities", converge)?;
             qmp.execute("migrate-set-parameters", throttle_parameters(LEAST_THROTTLE))?;
         }
-        let parameters = json!({
-            "max-bandwidth": MAX_BANDWIDTH,
-            "avail-switchover-bandwidth": SWITCHOVER_BANDWIDTH,
-            "downtime-limit": DOWNTIME_LIMIT_MS,
-        });
-        qmp.execute("migrate-set-parameters", parameters)?;
+        let told = ability::told_bandwidth(&ability::parameters(qmp)?);
+        qmp.execute("migrate-set-parameters", switchover_parameters(told))?;
         let pair = |source| QmpError::Unavailable {
             path: "a socket pair for the migration".into(),
             source,
@@ -211,19 +215,22 @@ impl Migration {
     }
 }
 
-/// All capabilities of this QEMU that must be off and exist here.
-fn off_capabilities(qmp: &Client) -> Result<Vec<Value>, QmpError> {
-    let known = qmp.execute("query-migrate-capabilities", Value::Null)?;
-    let names = known
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or_default()
-        .iter()
-        .filter_map(|c| c["capability"].as_str());
-    Ok(names
-        .filter(|n| OFF.contains(n))
-        .map(|n| json!({"capability": n, "state": false}))
-        .collect())
+/// When QEMU may stop the guest. Before 8.2 it can't be told the bandwidth, and takes what it measured last: while the rounds are paced by
+/// reading that is not much more.
+fn switchover_parameters(told: bool) -> Value {
+    let mut parameters = json!({"max-bandwidth": MAX_BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT_MS});
+    if told {
+        parameters["avail-switchover-bandwidth"] = json!(SWITCHOVER_BANDWIDTH);
+    }
+    parameters
+}
+
+/// Capabilities that are on and must be off. Those that are off are not touched: QEMU may be told to refuse all that it deprecates.
+fn off_capabilities(all: &[(String, bool)]) -> Vec<Value> {
+    let wrong = all.iter().filter(|(name, on)| *on && OFF.contains(&name.as_str()));
+    wrong
+        .map(|(name, _)| json!({"capability": name, "state": false}))
+        .collect()
 }
 
 /// `query-migrate`'s status once it says completed, failed or cancelled, or that there is no migration. One that waits in
@@ -330,4 +337,69 @@ pub enum Primary {
     /// Its migration is complete, and it is stopped.
     Stopped,
     Runs,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::qmp::fake::{Fake, V8_1, V8_2, V10_0};
+
+    /// What a QEMU is told, up to `migrate`.
+    fn told(fake: Fake) -> Vec<(String, Value)> {
+        let (_dir, qmp, heard) = fake.play();
+        let this = ProcessId::of(std::process::id().cast_signed()).unwrap();
+        let (events, _kept) = mpsc::channel();
+        Migration::start(&qmp, this, &events, true, true).unwrap();
+        let all = heard.lock().unwrap().clone();
+        assert_eq!(all.last().unwrap().0, "migrate");
+        all
+    }
+
+    fn capability(all: &[(String, Value)], name: &str) -> Option<bool> {
+        let set = all.iter().filter(|(command, _)| command == "migrate-set-capabilities");
+        let each = set.flat_map(|(_, arguments)| arguments["capabilities"].as_array().into_iter().flatten());
+        each.filter(|c| c["capability"] == name)
+            .filter_map(|c| c["state"].as_bool())
+            .fold(None, |_, state| Some(state))
+    }
+
+    #[test]
+    fn each_version_is_told_no_more_than_it_knows() {
+        for fake in [V8_1, V8_2, V10_0] {
+            // The monitor refuses what its version does not know, and the start with it.
+            let all = told(fake);
+            let bandwidth = all.iter().any(|(_, a)| a.get("avail-switchover-bandwidth").is_some());
+            assert_eq!(bandwidth, fake.version >= (8, 2, 0), "{:?}", fake.version);
+            for on in [
+                "switchover-ack",
+                "return-path",
+                "pause-before-switchover",
+                "auto-converge",
+            ] {
+                assert_eq!(capability(&all, on), Some(true), "{on}");
+            }
+            assert_eq!(capability(&all, "multifd"), None, "it is off");
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_left_on_is_switched_off() {
+        let all = told(Fake {
+            on: &[
+                "compress",
+                "block",
+                "multifd",
+                "zero-copy-send",
+                "dirty-bitmaps",
+                "late-block-activate",
+            ],
+            ..V8_1
+        });
+        for off in ["compress", "block", "multifd", "zero-copy-send", "dirty-bitmaps"] {
+            assert_eq!(capability(&all, off), Some(false), "{off}");
+        }
+        assert_eq!(capability(&all, "late-block-activate"), None, "it does no harm");
+    }
 }

@@ -2,6 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use umbra_replicator::adopt::ability::{Ability, NEEDED};
 use umbra_replicator::adopt::facts::{BlockNode, Memdev, Tap};
 use umbra_replicator::adopt::options::Opts;
 use umbra_replicator::adopt::{Facts, Storage, derive};
@@ -34,6 +35,11 @@ fn facts(how: u8) -> Facts {
     };
     Facts {
         version,
+        ability: Ability {
+            capabilities: NEEDED.map(|name| (name.to_owned(), false)).into(),
+            told_bandwidth: how & 32 != 0,
+            ..Ability::default()
+        },
         machine: "pc-q35-10.0".into(),
         default_ram_id: "pc.ram".into(),
         memdevs: vec![memdev("pc.ram")],
