@@ -546,3 +546,7 @@ impl<'a> NextValue<'a> for std::slice::Iter<'a, String> {
 #[cfg(test)]
 #[path = "derive_tests.rs"]
 pub(super) mod tests;
+
+#[cfg(test)]
+#[path = "derive_disk_tests.rs"]
+mod disk_tests;
