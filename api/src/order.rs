@@ -83,6 +83,10 @@ pub struct Pacing {
     pub max_downtime_ms: u64,
     /// What to do with a guest that dirties its memory faster than the link carries it.
     pub not_converging: NotConverging,
+    /// What this copy may take of the link, memory and disks, beside what its host allows all of them. Not in the last pass of a switchover,
+    /// where the host does not say so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_mbit: Option<u32>,
 }
 
 impl Default for Pacing {
@@ -92,6 +96,32 @@ impl Default for Pacing {
             lag: None,
             max_downtime_ms: 1_000,
             not_converging: NotConverging::default(),
+            bandwidth_mbit: None,
+        }
+    }
+}
+
+impl Pacing {
+    /// The first key whose value makes no sense, and why.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        let between = |key, v: u64, most: u64| match (1..=most).contains(&v) {
+            true => Ok(()),
+            false => Err((key, format!("{v} is not between 1 and {most}"))),
+        };
+        if self.round_ms > ROUND_MS_MAX {
+            return Err(("round_ms", format!("{} is above {ROUND_MS_MAX}", self.round_ms)));
+        }
+        between("round_ms", self.round_ms, ROUND_MS_MAX)?;
+        between("max_downtime_ms", self.max_downtime_ms, DOWNTIME_MS_MAX)?;
+        if let Some(Lag::Pages(n) | Lag::Bytes(n) | Lag::Ms(n)) = self.lag
+            && n == 0
+        {
+            // A shadow always misses what was written a moment ago.
+            return Err(("lag", "0 can't be kept, at least 1".to_owned()));
+        }
+        match self.bandwidth_mbit {
+            Some(0) => Err(("bandwidth_mbit", "0 carries nothing, at least 1".to_owned())),
+            _ => Ok(()),
         }
     }
 }

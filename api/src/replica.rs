@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::order::{Refusal, Tier};
+use crate::order::{Lag, NotConverging, Refusal, Tier};
 use crate::{Epoch, HostId, UnixMs, VmId};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -248,7 +248,11 @@ pub struct Pace {
     pub host_wait_pct: Option<f64>,
     /// How much the guest is slowed down.
     pub throttle_pct: Option<u8>,
+    /// What was ordered for this VM.
     pub max_downtime_ms: u64,
+    pub max_lag: Option<Lag>,
+    pub when_too_fast: NotConverging,
+    pub max_bandwidth_mbit: Option<u32>,
 }
 
 /// Whether rounds end.

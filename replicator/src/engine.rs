@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
-use umbra_api::order::{DOWNTIME_MS_MAX, Order, OrderKind, Pacing, ROUND_MS_MAX, Refusal, RefusalCode};
+use umbra_api::order::{Order, OrderKind, Pacing, Refusal, RefusalCode};
 use umbra_api::pace;
 use umbra_api::replica::{Phase, Progress, ReplicaStatus, Role};
 use umbra_api::{Epoch, HostId, UnixMs, VmId};
@@ -363,16 +363,8 @@ impl Engine {
         link: &str,
         pacing: Pacing,
     ) -> Result<(), Refusal> {
-        if !(1..=ROUND_MS_MAX).contains(&pacing.round_ms) {
-            let detail = format!("round_ms is {}, 1 to {ROUND_MS_MAX} are possible", pacing.round_ms);
-            return Err(Refusal::new(RefusalCode::BadOrder, detail));
-        }
-        if !(1..=DOWNTIME_MS_MAX).contains(&pacing.max_downtime_ms) {
-            let detail = format!(
-                "max_downtime_ms is {}, 1 to {DOWNTIME_MS_MAX} are possible",
-                pacing.max_downtime_ms
-            );
-            return Err(Refusal::new(RefusalCode::BadOrder, detail));
+        if let Err((key, reason)) = pacing.check() {
+            return Err(Refusal::new(RefusalCode::BadOrder, format!("{key}: {reason}")));
         }
         if link
             .rsplit_once(':')

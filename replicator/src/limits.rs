@@ -1,4 +1,4 @@
-//! The limits that can be changed while the daemon runs, for all of this host's protections together.
+//! Bandwidth limits: one for all of this host's protections together, which can be changed while the daemon runs, and one a protection.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,6 +15,13 @@ pub struct Throttle {
     bucket: Mutex<Bucket>,
     /// The last pass of a switchover is slowed down too.
     pub in_switchover: bool,
+}
+
+/// As fast as it goes.
+impl Default for Throttle {
+    fn default() -> Self {
+        Self::new(Limits::default(), false)
+    }
 }
 
 impl Throttle {

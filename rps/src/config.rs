@@ -276,6 +276,10 @@ fn check_hosts(hosts: &[HostConfig]) -> Result<(), Invalid> {
 mod tests {
     use std::path::Path;
 
+    use umbra_api::VmId;
+    use umbra_api::order::{Lag, NotConverging, Pacing};
+    use uuid::Uuid;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
@@ -294,7 +298,8 @@ mod tests {
     fn every_table_is_read() {
         let c = parse(
             "listen = '10.0.0.1:7400'\nstore = '/tmp/x.db'\nmode = 'observe'\nslot_ms = 1000\nhorizon_slots = 60\n\
-             [policy]\nlate = 'refuse'\nvms = [{ vm = 'n', protect = false }]\nanti_affinity = [{ vms = ['a', 'b'] }]\n\
+             [policy]\nlate = 'refuse'\nvms = [{ vm = 'n', protect = false }, { vm = 'm', lag = { pages = 300 }, \
+             max_downtime_ms = 200, not_converging = 'give_up', bandwidth_mbit = 800 }]\nanti_affinity = [{ vms = ['a', 'b'] }]\n\
              maintenance = ['b']\n[orders]\npoll_ms = 200\n[contention]\nmethod = 'ratio'\nthreshold = 0.8\n\
              [redirect]\nannounce = false\n\
              [[hosts]]\nname = 'a'\nreplicator = 'http://10.0.0.1:7403'\nlink = '10.0.0.1:7402'\n\
@@ -305,6 +310,16 @@ mod tests {
         assert_eq!((c.policy().threshold, c.outlook_params().threshold), (0.8, 0.8));
         assert_eq!(c.outlook_params().horizon, 60);
         assert!(!c.policy.vms[0].protect && c.orders.poll_ms == 200 && !c.redirect.announce);
+        let common = c.orders.pacing();
+        let of = |name| c.policy.pacing_of(VmId(Uuid::nil()), name, common);
+        let own = Pacing {
+            lag: Some(Lag::Pages(300)),
+            max_downtime_ms: 200,
+            not_converging: NotConverging::GiveUp,
+            bandwidth_mbit: Some(800),
+            ..common
+        };
+        assert_eq!((of("m"), of("n"), of("unnamed")), (own, common, common));
     }
 
     #[test]
@@ -328,6 +343,27 @@ mod tests {
                 "[orders]\nmax_downtime_ms = 0",
                 "orders.max_downtime_ms: 0 is not between 1 and 60000",
             ),
+            (
+                "[policy]\nvms = [{ vm = 'a' }, { vm = 'b', max_downtime_ms = 60001 }]",
+                "policy.vms[1].max_downtime_ms: 60001 is not between 1 and 60000",
+            ),
+            (
+                "[policy]\nvms = [{ vm = 'a', lag = { ms = 0 } }]",
+                "policy.vms[0].lag: 0 can't be kept",
+            ),
+            (
+                "[policy]\nvms = [{ vm = 'a', bandwidth_mbit = 0 }]",
+                "policy.vms[0].bandwidth_mbit: 0 carries nothing",
+            ),
+            (
+                "[policy]\nvms = [{ vm = 'a', not_converging = 'wait' }]",
+                "policy.vms[0].not_converging",
+            ),
+            (
+                "[policy]\nvms = [{ vm = 'a' }, { vm = 'a' }]",
+                "policy.vms[1].vm: a is there twice",
+            ),
+            ("[orders]\nlag = { pages = 0 }", "orders.lag: 0 can't be kept"),
             (
                 "[contention]\nthreshold = 1.5",
                 "contention.threshold: 1.5 is not below 1",

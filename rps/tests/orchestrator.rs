@@ -4,15 +4,16 @@
 mod common;
 
 use common::fake::host;
-use common::sim::{Faults, Sim, policy, vm};
+use common::sim::{Faults, Sim, policy, timing, vm};
 use proptest::prelude::*;
 use umbra_api::UnixMs;
 use umbra_api::lifecycle::Stage;
-use umbra_api::order::{RefusalCode, Tier};
+use umbra_api::order::{Lag, NotConverging, OrderKind, Pacing, RefusalCode, Tier};
 use umbra_api::replica::{Phase, Promotion, Role, ShadowMemory};
 use umbra_api::view::Mode;
 use umbra_rps::orchestrator::{Denied, Request};
 use umbra_rps::planner::Policy;
+use umbra_rps::planner::policy::VmPolicy;
 
 fn done(sim: &Sim) -> Vec<String> {
     let word = |(to, o): &(umbra_api::HostId, umbra_api::order::Order)| format!("{} {}@{}", o.kind.name(), to, o.epoch);
@@ -480,4 +481,32 @@ proptest! {
     ) {
         story(seed, Faults { lost, late, crash, host_down });
     }
+}
+
+#[test]
+fn each_protection_is_ordered_with_its_vms_own_pacing_forth_and_back() {
+    let own = VmPolicy {
+        vm: vm().to_string(),
+        lag: Some(Lag::Ms(200)),
+        max_downtime_ms: Some(300),
+        not_converging: Some(NotConverging::Throttle),
+        ..VmPolicy::default()
+    };
+    let policy = Policy {
+        vms: vec![own],
+        ..policy()
+    };
+    let mut sim = Sim::with(1, policy, Mode::Act);
+    go_away(&mut sim);
+    let ordered = sim.hosts.done.iter().filter_map(|(_, o)| match &o.kind {
+        OrderKind::Protect { pacing, .. } => Some(*pacing),
+        _ => None,
+    });
+    let want = Pacing {
+        lag: Some(Lag::Ms(200)),
+        max_downtime_ms: 300,
+        not_converging: NotConverging::Throttle,
+        ..timing().pacing()
+    };
+    assert_eq!(ordered.collect::<Vec<_>>(), [want; 2]);
 }

@@ -2,7 +2,7 @@
 
 use jiff::tz::TimeZone;
 use umbra_api::lifecycle::Stage;
-use umbra_api::order::Tier;
+use umbra_api::order::{Lag, NotConverging, Tier};
 use umbra_api::replica::{
     Convergence, DiskProgress, Pace, PageKinds, Progress, Resumption, ShadowMemory, SwitchoverReport,
 };
@@ -142,6 +142,8 @@ pub fn vm() -> VmView {
                 own_cpu_pct: 0.9,
                 host_wait_pct: Some(12.5),
                 max_downtime_ms: 1_000,
+                max_lag: Some(Lag::Pages(500)),
+                when_too_fast: NotConverging::Throttle,
                 ..Pace::default()
             },
             resume: Resumption::default(),

@@ -1,7 +1,7 @@
 //! `umbra vm show`
 
 use comfy_table::Cell;
-use umbra_api::order::Tier;
+use umbra_api::order::{Lag, NotConverging, Tier};
 use umbra_api::replica::{
     Convergence, DiskProgress, HeldBack, Pace, Progress, Resumption, ShadowMemory, SwitchoverReport,
 };
@@ -250,7 +250,28 @@ fn copy(look: &Look, p: &Progress) -> Vec<(&'static str, String)> {
         rows.push(("a switchover", format!("would stop the guest for about {ms:.1} ms")));
     }
     rows.extend(pace(&p.pace).map(|words| ("pace", words)));
+    rows.push(("policy", policy(&p.pace)));
     rows
+}
+
+/// How the copy was ordered to keep up.
+fn policy(p: &Pace) -> String {
+    let mut words = format!("no stop of more than {}", span(p.max_downtime_ms as f64 / 1000.0));
+    match p.max_lag {
+        None => {}
+        Some(Lag::Pages(n)) => words += &format!(", a lag of at most {n} pages"),
+        Some(Lag::Bytes(n)) => words += &format!(", a lag of at most {}", bytes(n)),
+        Some(Lag::Ms(n)) => words += &format!(", a lag of at most {}", span(n as f64 / 1000.0)),
+    }
+    if let Some(mbit) = p.max_bandwidth_mbit {
+        words += &format!(", at most {mbit} Mbit/s");
+    }
+    words
+        + match p.when_too_fast {
+            NotConverging::AcceptLonger => ", copied on where no round ends",
+            NotConverging::GiveUp => ", given up where no round ends",
+            NotConverging::Throttle => ", the guest slowed down where no round ends",
+        }
 }
 
 /// No round ends, and so there is no switchover.
@@ -369,6 +390,8 @@ Copy
   a switchover  would stop the guest for about 9.4 ms
   pace          1900 pages written lately, 500 ms between rounds, QEMU 1.2 % and
                 copying 0.9 % of a CPU
+  policy        no stop of more than 1.0 s, a lag of at most 500 pages, the
+                guest slowed down where no round ends
 
 Disks
   /srv/web.qcow2  complete, what is written follows; 3.1 GiB on the link, 5.0

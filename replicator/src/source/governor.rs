@@ -66,20 +66,13 @@ impl Governor {
         meter.start(0, 0, now);
         let mut waits = Waits::default();
         waits.look(now);
-        let pace = Pace {
-            max_downtime_ms: pacing.max_downtime_ms,
-            ..Pace::default()
-        };
         Self {
             controller: Controller::new(rest, pacing.lag, bounds, now),
             costs,
             waits,
             meter,
             working: WorkingSet::new([]),
-            figures: Figures {
-                pace,
-                ..Figures::default()
-            },
+            figures: Figures::default(),
             before: cpu,
             window: (cpu.0, cpu.1, now),
             round: (0, None),

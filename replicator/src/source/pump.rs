@@ -59,6 +59,8 @@ pub struct Shared {
     pub thread: AtomicI32,
     /// The guest stands still.
     pub stopped: AtomicBool,
+    /// This copy's own bandwidth.
+    pub limit: Throttle,
     figures: Mutex<Figures>,
 }
 
@@ -407,21 +409,21 @@ fn keep_up(ram: &FrameWriter<WriteHalf>, shared: &Shared, most: u64) -> io::Resu
     Ok(())
 }
 
-/// These bytes were sent: returns when the bandwidth limit lets more go.
+/// These bytes were sent: returns when the bandwidth limits, the host's and this copy's, let more go.
 pub fn hold_back(throttle: &Throttle, shared: &Shared, bytes: usize) {
-    if throttle.in_switchover {
-        let mut wait = throttle.spent(bytes);
-        while let Some(time) = wait {
-            std::thread::sleep(time);
-            wait = throttle.due();
-        }
+    let limits = [throttle, &shared.limit];
+    // What a switchover sends while the guest stands still is free, for itself and for the others.
+    let free = || !throttle.in_switchover && shared.is_hurried();
+    if free() {
         return;
     }
-    // What a switchover sends while the guest stands still is free, for itself and for the others.
-    let mut wait = (!shared.is_hurried()).then(|| throttle.spent(bytes)).flatten();
-    while let Some(time) = wait.filter(|_| !shared.is_hurried()) {
-        shared.rest(time);
-        wait = throttle.due();
+    let mut wait = limits.map(|l| l.spent(bytes)).into_iter().flatten().max();
+    while let Some(time) = wait.filter(|_| !free()) {
+        match throttle.in_switchover {
+            true => std::thread::sleep(time),
+            false => shared.rest(time),
+        }
+        wait = limits.map(Throttle::due).into_iter().flatten().max();
     }
 }
 

@@ -156,7 +156,8 @@ fn build(turn: &mut Turn<'_>, host: &HostId, shadow: &HostId) -> Option<Phase> {
     let admit = OrderKind::Admit { source: host.clone() };
     accepted(turn, shadow, admit, epoch)?;
     let link = turn.fleet.get(shadow).map(|r| r.link.clone()).unwrap_or_default();
-    let pacing = turn.timing.pacing();
+    let common = turn.timing.pacing();
+    let pacing = turn.policy.pacing_of(turn.state.vm, &turn.state.name, common);
     let protect = OrderKind::Protect {
         target: shadow.clone(),
         link,

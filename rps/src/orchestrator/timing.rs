@@ -1,7 +1,7 @@
 //! How long the orchestrator waits for what: `[orders]` in the configuration.
 
 use serde::Deserialize;
-use umbra_api::order::{DOWNTIME_MS_MAX, Lag, NotConverging, Pacing, ROUND_MS_MAX};
+use umbra_api::order::{Lag, NotConverging, Pacing, ROUND_MS_MAX};
 use umbra_daemon::config::Invalid;
 
 #[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
@@ -39,6 +39,8 @@ pub struct Timing {
     pub max_downtime_ms: u64,
     /// What to do with a guest that dirties its memory faster than the link carries it: `accept_longer`, `give_up` or `throttle`.
     pub not_converging: NotConverging,
+    /// What one copy may take of the link.
+    pub bandwidth_mbit: Option<u32>,
 }
 
 impl Default for Timing {
@@ -60,18 +62,20 @@ impl Default for Timing {
             lag: None,
             max_downtime_ms: Pacing::default().max_downtime_ms,
             not_converging: NotConverging::default(),
+            bandwidth_mbit: None,
         }
     }
 }
 
 impl Timing {
-    /// What each protection is ordered with.
+    /// What each protection is ordered with, but for what `[policy]` says of its VM.
     pub fn pacing(&self) -> Pacing {
         Pacing {
             round_ms: self.round_ms,
             lag: self.lag,
             max_downtime_ms: self.max_downtime_ms,
             not_converging: self.not_converging,
+            bandwidth_mbit: self.bandwidth_mbit,
         }
     }
 
@@ -88,7 +92,6 @@ impl Timing {
             ("switch_timeout_s", self.switch_timeout_s),
             ("lost_after_s", self.lost_after_s),
             ("retry_s", self.retry_s),
-            ("round_ms", self.round_ms),
         ];
         if let Some((key, v)) = positive.into_iter().find(|(_, v)| !(1..=86_400_000).contains(v)) {
             return Err(Invalid::new(
@@ -96,19 +99,8 @@ impl Timing {
                 format!("{v} is not between 1 and 86400000"),
             ));
         }
-        if self.round_ms > ROUND_MS_MAX {
-            return Err(Invalid::new(
-                "orders.round_ms",
-                format!("{} is above {ROUND_MS_MAX}", self.round_ms),
-            ));
-        }
-        if !(1..=DOWNTIME_MS_MAX).contains(&self.max_downtime_ms) {
-            return Err(Invalid::new(
-                "orders.max_downtime_ms",
-                format!("{} is not between 1 and {DOWNTIME_MS_MAX}", self.max_downtime_ms),
-            ));
-        }
-        Ok(())
+        let pacing = self.pacing().check();
+        pacing.map_err(|(key, reason)| Invalid::new(format!("orders.{key}"), reason))
     }
 }
 

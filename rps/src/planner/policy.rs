@@ -1,6 +1,9 @@
 //! What the operator can set about decisions: `[policy]` in the configuration.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
+use umbra_api::order::{Lag, NotConverging, Pacing};
 use umbra_api::{HostId, VmId};
 use umbra_daemon::config::Invalid;
 
@@ -80,6 +83,7 @@ pub enum Late {
     Refuse,
 }
 
+/// What is not said here is as for all VMs.
 #[derive(Clone, PartialEq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmPolicy {
@@ -89,6 +93,47 @@ pub struct VmPolicy {
     pub protect: bool,
     /// Instead of the common one.
     pub threshold: Option<f64>,
+    /// How its copy keeps up, instead of what `[orders]` says: for the next protection, not for one that is under way.
+    pub lag: Option<Lag>,
+    pub max_downtime_ms: Option<u64>,
+    pub not_converging: Option<NotConverging>,
+    pub bandwidth_mbit: Option<u32>,
+}
+
+impl Default for VmPolicy {
+    fn default() -> Self {
+        Self {
+            vm: String::new(),
+            protect: yes(),
+            threshold: None,
+            lag: None,
+            max_downtime_ms: None,
+            not_converging: None,
+            bandwidth_mbit: None,
+        }
+    }
+}
+
+impl VmPolicy {
+    fn pacing(&self, common: Pacing) -> Pacing {
+        Pacing {
+            round_ms: common.round_ms,
+            lag: self.lag.or(common.lag),
+            max_downtime_ms: self.max_downtime_ms.unwrap_or(common.max_downtime_ms),
+            not_converging: self.not_converging.unwrap_or(common.not_converging),
+            bandwidth_mbit: self.bandwidth_mbit.or(common.bandwidth_mbit),
+        }
+    }
+
+    fn check(&self, release_threshold: f64) -> Result<(), (&'static str, String)> {
+        if self
+            .threshold
+            .is_some_and(|t| !(t.is_finite() && t > release_threshold))
+        {
+            return Err(("threshold", "expected a number above release_threshold".to_owned()));
+        }
+        self.pacing(Pacing::default()).check()
+    }
 }
 
 #[derive(Clone, PartialEq, Debug, Deserialize)]
@@ -151,6 +196,11 @@ impl Policy {
 
     pub fn threshold_of(&self, vm: VmId, name: &str) -> f64 {
         self.of(vm, name).and_then(|p| p.threshold).unwrap_or(self.threshold)
+    }
+
+    /// What the VM's protection is ordered with, where `common` is for all.
+    pub fn pacing_of(&self, vm: VmId, name: &str, common: Pacing) -> Pacing {
+        self.of(vm, name).map_or(common, |p| p.pacing(common))
     }
 
     /// Whether the two may not share a host.
@@ -237,14 +287,14 @@ impl Policy {
                 format!("{} is below switch_lead_s, {}", self.arm_s, self.switch_lead_s),
             );
         }
+        let mut words = BTreeSet::new();
         for (i, p) in self.vms.iter().enumerate() {
-            if p.threshold
-                .is_some_and(|t| !(t.is_finite() && t > self.release_threshold))
-            {
-                return bad(
-                    &format!("vms[{i}].threshold"),
-                    "expected a number above release_threshold".into(),
-                );
+            // Only the first would count.
+            if !words.insert(&p.vm) {
+                return bad(&format!("vms[{i}].vm"), format!("{} is there twice", p.vm));
+            }
+            if let Err((key, reason)) = p.check(self.release_threshold) {
+                return bad(&format!("vms[{i}].{key}"), reason);
             }
         }
         Ok(())

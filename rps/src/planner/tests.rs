@@ -75,7 +75,7 @@ impl Scene {
         s.policy.vms = vec![policy::VmPolicy {
             vm: "neighbour".into(),
             protect: false,
-            threshold: None,
+            ..Default::default()
         }];
         s
     }
@@ -341,7 +341,7 @@ fn budgets_bound_copies_and_memory() {
         .map(|vm| policy::VmPolicy {
             vm: vm.into(),
             protect: false,
-            threshold: None,
+            ..Default::default()
         })
         .into();
     let mut s = s.slots(2);

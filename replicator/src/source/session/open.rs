@@ -7,6 +7,7 @@ use umbra_api::wire::control::{Message, ShadowSpec};
 
 use super::Session;
 use crate::faults::Side;
+use crate::limits::Limits;
 use crate::source::control::Control;
 use crate::source::governor::Costs;
 use crate::source::machine::{Durable, Input, Machine};
@@ -63,6 +64,9 @@ impl Session {
             self.make_way(&qmp, token, &disks)?;
         }
         let plan = &self.plan;
+        self.pump.limit.set(Limits {
+            bandwidth_mbit: plan.pacing.bandwidth_mbit,
+        });
         let way = Way {
             dir: &self.core.config.run_dir,
             qemu: plan.process,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use umbra_api::order::{Refusal, RefusalCode};
 use umbra_api::pace;
-use umbra_api::replica::Convergence;
+use umbra_api::replica::{Convergence, Pace};
 
 use super::{Input, Migration, Rates, Session, State};
 use crate::pacing::Round;
@@ -100,9 +100,15 @@ impl Session {
         let figures = self.pump.figures();
         self.progress.dirty_pages_per_s = figures.dirty_pages_per_s;
         self.progress.estimated_downtime_ms = figures.estimated_downtime_ms;
-        self.progress.pace = figures.pace;
-        self.progress.pace.max_downtime_ms = self.plan.pacing.max_downtime_ms;
-        self.progress.pace.throttle_pct = self.rates.throttle_pct;
+        let ordered = self.plan.pacing;
+        self.progress.pace = Pace {
+            throttle_pct: self.rates.throttle_pct,
+            max_downtime_ms: ordered.max_downtime_ms,
+            max_lag: ordered.lag,
+            when_too_fast: ordered.not_converging,
+            max_bandwidth_mbit: ordered.bandwidth_mbit,
+            ..figures.pace
+        };
         if figures.pace.convergence == Convergence::NotConverging {
             // QEMU counts at its dirty syncs, of which a long round has few.
             self.progress.dirty_pages_per_s = figures.dirty_pages_per_s.max(self.rates.dirty_pages_per_s);
