@@ -81,13 +81,14 @@ pub struct Config {
     pub pacing: Pacing,
 }
 
-/// What the copies may cost this host, whatever lag they are to keep. Each VM's copy by itself.
+/// What the copies may cost this host, whatever lag they are to keep. Each VM's copy by itself, the first one too: that is slowed down
+/// to a tenth of what it could do, but no further.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pacing {
     /// Of one CPU, for QEMU's migration threads …
     pub qemu_cpu_pct: f64,
-    /// … and for the replicator's thread that carries the pages. Neither bounds the first copy.
+    /// … and for the replicator's thread that carries the pages.
     pub own_cpu_pct: f64,
     /// The host is hot when somebody waits for a CPU for so much of the time: then copies back off.
     pub hot_pct: f64,

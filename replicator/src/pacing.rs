@@ -26,6 +26,7 @@
 //! The end of the first pass cannot be told by a small section, which comes early by chance in a large guest; QEMU's
 //! `dirty-sync-count` says it: 3 or more.
 
+pub mod behind;
 pub mod control;
 pub mod estimate;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use std::time::{Duration, Instant};
 use umbra_api::order::ROUND_MS_MAX;
 use umbra_api::wire::setup::{Block, StreamSetup};
 
+use self::behind::Behind;
 use self::turn::Turn;
 use crate::stream::Section;
 
@@ -122,6 +124,9 @@ pub struct Pacer {
     /// Time spent reading before `since`, in this round.
     before: Duration,
     turn: Turn,
+    behind: Behind,
+    /// Of the present round, once: pages a second that the guest dirties at least, which are more than travel.
+    too_fast: Option<u64>,
     /// Of the round's time, what the first pass took: as long as it takes.
     free: Duration,
     complaints: u32,
@@ -143,6 +148,8 @@ impl Pacer {
             since: now,
             before: Duration::ZERO,
             turn: Turn::default(),
+            behind: Behind::new(settings.small_pages),
+            too_fast: None,
             free: Duration::ZERO,
             complaints: 0,
         }
@@ -166,6 +173,12 @@ impl Pacer {
     /// The round that is being read, or was last.
     pub fn round(&self) -> Round {
         self.round
+    }
+
+    /// The present round will not end for as long as the guest goes on like this: told once, with the pages a second that it
+    /// dirties at least. Long before [`Action::NotConverging`], which is for what is done about it.
+    pub fn too_fast(&mut self) -> Option<u64> {
+        self.too_fast.take()
     }
 
     /// QEMU's `dirty-sync-count`, and the bytes received plus those that wait in the socket, asked *after* the count.
@@ -242,6 +255,7 @@ impl Pacer {
             *fresh = fresh.saturating_add(1);
             if *fresh == 1 {
                 self.turn.begin();
+                self.behind.begin(now);
                 return self.complain();
             }
             if pages == 0 {
@@ -252,8 +266,10 @@ impl Pacer {
                 false => self.turn.is_small(),
             };
             if ended {
+                self.behind.round_ended(now);
                 return self.end_round(s.at);
             }
+            self.too_fast = self.behind.section(pages, self.turn.turns(), now);
         }
         self.complain()
     }
@@ -276,6 +292,7 @@ impl Pacer {
         self.from = at;
         self.before = Duration::ZERO;
         self.free = Duration::ZERO;
+        self.too_fast = None;
         self.complaints = 0;
         Action::RoundDone(round)
     }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use umbra_api::order::{Lag, NotConverging, OrderKind, Pacing};
 use umbra_api::replica::{Convergence, HeldBack, Phase, ReplicaStatus, Role};
-use umbra_tests::lab::daemons::REPLICATOR;
-use umbra_tests::lab::pair::{Pair, with_pair};
+use umbra_tests::lab::daemons::{REPLICATOR, Settings};
+use umbra_tests::lab::pair::{Pair, with_pair, with_pair_as};
 use umbra_tests::lab::process::wait_for;
 use umbra_tests::lab::vm::{self, HTTP, VmSpec};
 
@@ -131,12 +131,53 @@ fn a_copy_tells_what_it_knows_and_backs_off_from_a_hot_host() {
 }
 
 #[test]
+fn the_first_copy_keeps_to_the_bounds_on_cpu_time_and_ends_all_the_same() {
+    let settings = Settings {
+        // Which would be a thousand times as long as it takes.
+        cpu_pct: Some(0.1),
+        ..Settings::default()
+    };
+    // Whose memory is full, so that its copy takes longer than a look.
+    let full = VmSpec {
+        dirty: 200,
+        ..VmSpec::new("web", 10)
+    };
+    with_pair_as("seed_bounds", &full, settings, |pair| {
+        let pacing = Pacing {
+            lag: Some(Lag::Ms(400)),
+            max_downtime_ms: 5_000,
+            not_converging: NotConverging::GiveUp,
+            bandwidth_mbit: Some(10_000),
+            ..Pacing::default()
+        };
+        pair.protect_paced("a", "b", pacing)?;
+        let r = wait_source(pair, "the first copy to be held back", |r| {
+            let held = r.progress.pace.held_back_by;
+            r.phase == Phase::Seeding && matches!(held, Some(HeldBack::QemuCpu | HeldBack::OwnCpu))
+        })?;
+        println!("held back: {:?}", r.progress);
+        let pace = r.progress.pace;
+        ensure!(
+            (pace.max_lag, pace.max_downtime_ms) == (pacing.lag, pacing.max_downtime_ms)
+                && (pace.when_too_fast, pace.max_bandwidth_mbit) == (pacing.not_converging, pacing.bandwidth_mbit),
+            "what was ordered: {pace:?}"
+        );
+        let r = pair.wait_standby("a")?;
+        println!("warm after {:?} ms", r.progress.seed_ms);
+        pair.switchover("a")?;
+        ensure!(pair.wait_runs()? == "b", "it was switched over");
+        pair.verify()
+    });
+}
+
+#[test]
 fn a_guest_that_is_too_fast_is_told_with_the_numbers_and_not_switched_over() {
     with_pair("too_fast", &spec(), |pair| {
         make_too_fast(pair, NotConverging::AcceptLonger)?;
         let r = wait_source(pair, "the round that does not end to be told", |r| {
             is(r, Convergence::NotConverging)
         })?;
+        println!("told first: {:?}", r.progress.pace);
         ensure!(r.phase == Phase::Standby, "it goes on: {r:?}");
         let p = r.progress;
         ensure!(

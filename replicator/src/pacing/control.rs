@@ -25,6 +25,8 @@ const SAVED: Duration = Duration::from_secs(2);
 /// … and a debt is forgiven beyond this.
 const DEBT_MAX: Duration = Duration::from_secs(30);
 const BACK_OFF_MAX: u32 = 8;
+/// The first copy works for at least one part of so many of the time: bounds that ask for less do not make it take for ever.
+pub const SEED_PARTS: u32 = 10;
 /// A host is calm again below this share of what makes it hot.
 const CALM: f64 = 0.75;
 
@@ -64,7 +66,15 @@ impl Budget {
     fn new(share: f64, now: Instant) -> Self {
         // A share of nothing would be a pause for ever.
         let share = share.max(1e-3);
-        Self { share, due: now }
+        Self {
+            share,
+            due: now.checked_sub(SAVED).unwrap_or(now),
+        }
+    }
+
+    /// What was overdrawn is forgotten.
+    fn forgive(&mut self, now: Instant) {
+        self.due = self.due.min(now);
     }
 
     fn spend(&mut self, used: Duration, now: Instant) {
@@ -118,15 +128,21 @@ impl Controller {
         }
         self.last = Some(now);
         let wanted = self.wanted(round);
-        // What the first copy cost is not held against the rounds.
-        let used = match round.number {
-            0 => Used {
-                waits: used.waits,
+        if round.number > 0 {
+            return self.pause(wanted, used, now);
+        }
+        // What the first copy cost beyond its bounds is not held against the rounds.
+        self.qemu.forgive(now);
+        self.own.forgive(now);
+        let waits = used.waits;
+        self.pause(
+            wanted,
+            Used {
+                waits,
                 ..Used::default()
             },
-            _ => used,
-        };
-        self.pause(wanted, used, now)
+            now,
+        )
     }
 
     /// In the middle of a round that does not end: nothing is wanted, but the bounds hold.
@@ -134,14 +150,20 @@ impl Controller {
         self.pause(Duration::ZERO, used, now)
     }
 
-    /// During the first copy, which has no bound but leaves a hot host every other moment: `worked` is how long it has gone on
-    /// since the last time.
-    pub fn seeding(&mut self, worked: Duration, waits: Option<f64>) -> Duration {
-        self.feel(waits);
-        match self.is_hot() {
-            true => worked.min(LONGEST),
+    /// During the first copy, which keeps to the bounds as far as that does not make it take for ever, and leaves a hot host every
+    /// other moment at least: `worked` is how long it has gone on since the last time.
+    pub fn seeding(&mut self, worked: Duration, used: Used, now: Instant) -> Pause {
+        self.spend(used, now);
+        let most = worked.saturating_mul(SEED_PARTS - 1);
+        let hot = match self.is_hot() {
+            true => worked,
             false => Duration::ZERO,
-        }
+        };
+        longest([
+            (hot, Some(HeldBack::HotHost)),
+            (self.qemu.wait(now).min(most), Some(HeldBack::QemuCpu)),
+            (self.own.wait(now).min(most), Some(HeldBack::OwnCpu)),
+        ])
     }
 
     fn wanted(&self, round: &Round) -> Duration {
@@ -172,33 +194,41 @@ impl Controller {
     }
 
     fn pause(&mut self, wanted: Duration, used: Used, now: Instant) -> Pause {
-        self.qemu.spend(used.qemu, now);
-        self.own.spend(used.own, now);
-        self.feel(used.waits);
+        self.spend(used, now);
         let cool = match self.is_hot() {
             // Also of nothing there is more when the host is hot.
             true => wanted.max(self.rest) * self.back_off,
             false => wanted,
         };
-        let candidates = [
+        longest([
             (wanted, None),
             (cool, Some(HeldBack::HotHost)),
             (self.qemu.wait(now), Some(HeldBack::QemuCpu)),
             (self.own.wait(now), Some(HeldBack::OwnCpu)),
-        ];
-        let mut longest = Pause {
-            time: Duration::ZERO,
-            held: None,
-        };
-        for (time, held) in candidates {
-            if time > longest.time {
-                longest = Pause { time, held };
-            }
+        ])
+    }
+
+    fn spend(&mut self, used: Used, now: Instant) {
+        self.qemu.spend(used.qemu, now);
+        self.own.spend(used.own, now);
+        self.feel(used.waits);
+    }
+}
+
+/// The longest of these, of equally long ones the first.
+fn longest<const N: usize>(candidates: [(Duration, Option<HeldBack>); N]) -> Pause {
+    let mut longest = Pause {
+        time: Duration::ZERO,
+        held: None,
+    };
+    for (time, held) in candidates {
+        if time > longest.time {
+            longest = Pause { time, held };
         }
-        Pause {
-            time: longest.time.min(LONGEST),
-            ..longest
-        }
+    }
+    Pause {
+        time: longest.time.min(LONGEST),
+        ..longest
     }
 }
 
@@ -349,10 +379,17 @@ mod tests {
         let now = Instant::now();
         let mut c = Controller::new(REST, None, bounds(0.1), now);
         let worked = Duration::from_millis(250);
-        assert_eq!(c.seeding(worked, Some(0.3)), Duration::ZERO);
-        assert_eq!(c.seeding(worked, Some(0.95)), worked);
-        assert_eq!(c.seeding(worked, None), worked);
-        assert_eq!(c.seeding(worked, Some(0.1)), Duration::ZERO);
+        let mut feels = |waits| {
+            let used = Used {
+                waits,
+                ..Used::default()
+            };
+            c.seeding(worked, used, now).time
+        };
+        assert_eq!(feels(Some(0.3)), Duration::ZERO);
+        assert_eq!(feels(Some(0.95)), worked);
+        assert_eq!(feels(None), worked);
+        assert_eq!(feels(Some(0.1)), Duration::ZERO);
         let used = Used {
             qemu: Duration::from_secs(60),
             own: Duration::from_secs(60),
@@ -362,6 +399,43 @@ mod tests {
             c.after(&round(0, 1 << 20, Duration::from_secs(60)), used, now).time,
             REST
         );
+    }
+
+    /// A first copy of a minute's work for one thread or both; how long it takes, and what share of it the dearer one works.
+    fn copy(bound: f64, qemu: f64, own: f64) -> (f64, f64) {
+        let start = Instant::now();
+        let look = Duration::from_millis(250);
+        let mut c = Controller::new(REST, None, bounds(bound), start);
+        let mut now = start;
+        for _ in 0..240 {
+            now += look;
+            let used = Used {
+                qemu: look.mul_f64(qemu),
+                own: look.mul_f64(own),
+                waits: None,
+            };
+            let pause = c.seeding(look, used, now);
+            assert_eq!(pause.time.is_zero(), pause.held.is_none());
+            now += pause.time;
+        }
+        let took = (now - start).as_secs_f64();
+        (took, 60.0 * qemu.max(own) / took)
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_copy_keeps_to_the_bounds_and_does_not_take_for_ever(
+            bound in 0.001..1.0f64, qemu in 0.0..1.0f64, own in 0.0..1.0f64,
+        ) {
+            let (took, share) = copy(bound, qemu, own);
+            prop_assert!(took <= 60.0 * f64::from(SEED_PARTS) + 0.1, "{took} s");
+            let slowest = qemu.max(own) / f64::from(SEED_PARTS);
+            // More only by what was saved up at the begin.
+            let saved = SAVED.as_secs_f64() * bound / took;
+            prop_assert!(share <= bound.max(slowest) + saved + 0.01, "{share} of {bound}");
+            // And never longer than they ask for.
+            prop_assert!(took <= 60.1 || share + 0.01 >= bound.min(qemu.max(own)), "{took} s, {share} of {bound}");
+        }
     }
 
     #[test]

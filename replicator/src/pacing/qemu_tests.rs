@@ -102,14 +102,23 @@ impl Qemu {
     }
 }
 
-/// Rounds that ended, and complaints, in so many seconds after the seed.
-fn play(guest: Guest, link: f64, seconds: f64) -> (u64, u64) {
+/// What was told in so many seconds after the seed.
+#[derive(Default, Debug)]
+struct Told {
+    rounds: u64,
+    complaints: u64,
+    /// After so many seconds of a guest that writes faster.
+    too_fast: Vec<f64>,
+}
+
+/// `faster`: from then on it writes so many pages a second.
+fn play(guest: Guest, link: f64, seconds: f64, faster: Option<(f64, f64)>) -> Told {
     let start = Instant::now();
     let at = |q: &Qemu| start + Duration::from_secs_f64(q.now);
     let mut q = Qemu::new(guest, link);
     let mut p = Pacer::new(Settings::default(), start);
     p.setup(&ram(RAM));
-    let (mut rounds, mut complaints, mut offset, mut until) = (0, 0, 0, None);
+    let (mut told, mut offset, mut until) = (Told::default(), 0, None);
     while until.is_none_or(|u| q.now < u) {
         let pages = q.section(|page| p.page(0, page));
         offset += pages * 4_100 + 20;
@@ -117,6 +126,10 @@ fn play(guest: Guest, link: f64, seconds: f64) -> (u64, u64) {
             p.synced(q.syncs, offset);
         } else {
             until = until.or(Some(q.now + seconds));
+        }
+        let changed = until.zip(faster).map(|(u, (after, rate))| (u - seconds + after, rate));
+        if let Some((_, rate)) = changed.filter(|(t, _)| q.now >= *t) {
+            q.guest.rate = rate;
         }
         let section = Section {
             end: false,
@@ -126,16 +139,19 @@ fn play(guest: Guest, link: f64, seconds: f64) -> (u64, u64) {
         };
         match p.section(section, at(&q)) {
             Action::RoundDone(_) => {
-                rounds += 1;
+                told.rounds += 1;
                 p.pause(REST);
                 q.pass(REST.as_secs_f64());
                 p.woke(offset, at(&q));
             }
-            Action::NotConverging(_) => complaints += 1,
-            _ => {}
+            Action::NotConverging(_) => told.complaints += 1,
+            _ => {
+                let since = changed.map_or(0.0, |(t, _)| q.now - t);
+                told.too_fast.extend(p.too_fast().map(|_| since));
+            }
         }
     }
-    (rounds, complaints)
+    told
 }
 
 fn guest(hot: u64, rate: f64) -> Guest {
@@ -154,10 +170,10 @@ fn a_guest_that_the_link_carries_has_rounds_and_no_complaints() {
         (1_500, 2_000.0, 100e3),
         (1, 1.0, 20.0),
     ] {
-        let (rounds, complaints) = play(guest(hot, rate), link, 30.0);
+        let told = play(guest(hot, rate), link, 30.0, None);
         assert!(
-            rounds > 15 && complaints == 0,
-            "{hot} {rate} {link}: {rounds}, {complaints}"
+            told.rounds > 15 && told.complaints == 0 && told.too_fast.is_empty(),
+            "{hot} {rate} {link}: {told:?}"
         );
     }
 }
@@ -166,8 +182,18 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
     fn a_guest_that_is_too_fast_never_ends_a_round(hot in 400u64..2_000, factor in 3.0..500.0f64, link in 30.0..3_000.0f64) {
-        let (rounds, complaints) = play(guest(hot, link * factor), link, 30.0);
-        prop_assert_eq!(rounds, 0);
-        prop_assert!(complaints >= 5, "{} complaints", complaints);
+        let told = play(guest(hot, link * factor), link, 30.0, None);
+        prop_assert_eq!(told.rounds, 0);
+        prop_assert!(told.complaints >= 5, "{told:?}");
+    }
+
+    #[test]
+    fn a_guest_that_becomes_too_fast_is_told_of_in_its_first_long_round(
+        hot in 600u64..2_000, factor in 3.0..50.0f64, link in 500.0..3_000.0f64,
+    ) {
+        let told = play(guest(hot, 20.0), link, 30.0, Some((10.0, link * factor)));
+        prop_assert!(told.rounds > 10, "{told:?}");
+        // The rest that it began in, one turn or two, and what it takes to be certain; a complaint takes 5 s more than the rest.
+        prop_assert!(told.too_fast.len() == 1 && told.too_fast.iter().all(|s| *s < 4.0), "{told:?}");
     }
 }

@@ -80,9 +80,14 @@ impl Turn {
         self.begin = self.place;
     }
 
+    /// Whole turns since then.
+    pub fn turns(&self) -> u64 {
+        (self.place - self.begin).checked_div(self.ram).unwrap_or(0)
+    }
+
     /// Whether there was a whole turn since then, and the last one had few pages.
     pub fn is_small(&self) -> bool {
-        self.ram > 0 && self.place >= self.begin.saturating_add(self.ram) && self.seen.len() <= self.most
+        self.turns() > 0 && self.seen.len() <= self.most
     }
 }
 

@@ -108,15 +108,12 @@ impl Governor {
     /// Now and then in the first copy: how long to leave the host to others.
     pub fn seeding(&mut self, sent: Sent, now: Instant) -> Duration {
         self.meter.stop(sent.wire, sent.unsent, now);
-        let waits = self.waits.look(now);
+        let used = self.used(now);
         let worked = now.saturating_duration_since(self.since);
-        let time = self.controller.seeding(worked, waits);
-        self.costs_told(now);
-        let pace = &mut self.figures.pace;
-        pace.link_bytes_per_s = self.meter.rate().map(|r| r as u64);
-        pace.host_wait_pct = self.waits.share().map(|s| s * 100.0);
+        let pause = self.controller.seeding(worked, used, now);
+        self.cost(pause);
         self.woke(sent, now);
-        time
+        pause.time
     }
 
     /// How long the present stretch of the first copy has gone on.
@@ -144,6 +141,15 @@ impl Governor {
         self.working.end_round();
         self.told(round, pause);
         pause.time
+    }
+
+    /// The present round will not end, by its own numbers: the guest dirties at least so many pages a second.
+    pub fn too_fast(&mut self, round: &Round, dirtied: u64) {
+        self.figures.dirty_pages_per_s = dirtied;
+        let pace = &mut self.figures.pace;
+        pace.convergence = Convergence::NotConverging;
+        (pace.round_ms, pace.round_pages) = (round.took.as_millis() as u64, round.pages);
+        pace.working_set_pages = self.working.pages();
     }
 
     /// A round does not end.
@@ -176,8 +182,12 @@ impl Governor {
         let (rate, page) = (self.meter.rate(), self.figures.pace.wire_bytes_per_page);
         self.figures.estimated_downtime_ms =
             rate.map(|r| downtime_ms(round.pages, page.unwrap_or(PAGE_SIZE as f64), r));
+        self.cost(pause);
+    }
+
+    fn cost(&mut self, pause: Pause) {
         let pace = &mut self.figures.pace;
-        pace.link_bytes_per_s = rate.map(|r| r as u64);
+        pace.link_bytes_per_s = self.meter.rate().map(|r| r as u64);
         pace.pause_ms = pause.time.as_millis() as u64;
         pace.held_back_by = pause.held;
         pace.host_wait_pct = self.waits.share().map(|s| s * 100.0);

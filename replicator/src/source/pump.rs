@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::unistd::gettid;
-use umbra_api::order::Pacing;
+use umbra_api::order::{Pacing, ROUND_MS_MAX};
 use umbra_api::replica::PageKinds;
 use umbra_api::wire::frame::{Kind, RoundEnd};
 
@@ -147,6 +147,8 @@ impl Pump {
             events: self.events,
             answers: socket.try_clone().map_err(PumpError::Qemu)?,
             rest: None,
+            owed: Duration::ZERO,
+            sipped: 0,
             complete: false,
         };
         let mut buffer = vec![0; READ_BYTES];
@@ -180,6 +182,9 @@ struct Out {
     /// The same socket: what QEMU is answered.
     answers: UnixStream,
     rest: Option<Duration>,
+    /// Of a pause in the first copy, what is left; and sections that were read when its last part began.
+    owed: Duration,
+    sipped: u64,
     complete: bool,
 }
 
@@ -241,7 +246,13 @@ impl Out {
 
     fn paced(&mut self, action: Action) -> Result<(), PumpError> {
         match action {
-            Action::KeepReading => Ok(()),
+            Action::KeepReading => {
+                if let Some(dirtied) = self.pacer.too_fast() {
+                    self.governor.too_fast(&self.pacer.round(), dirtied);
+                    self.tell(Event::TooFast);
+                }
+                Ok(())
+            }
             Action::Rest(time) => {
                 self.rest = Some(time);
                 Ok(())
@@ -289,9 +300,13 @@ impl Out {
         Ok(())
     }
 
-    /// With the figures as they are now.
-    fn tell(&self, event: Event) {
+    /// The figures as they are now.
+    fn show(&self) {
         *self.shared.figures.lock().unwrap_or_else(PoisonError::into_inner) = self.governor.figures();
+    }
+
+    fn tell(&self, event: Event) {
+        self.show();
         let _ = self.events.send(event);
     }
 
@@ -358,15 +373,26 @@ impl Out {
         Ok(())
     }
 
-    /// The first copy goes as fast as it can, but on a hot host only every other moment.
+    /// The first copy is bounded in CPU time like the rounds, and on a hot host works every other moment.
     fn share_host(&mut self) -> Result<(), PumpError> {
-        let now = Instant::now();
-        if now.saturating_duration_since(self.governor.since()) < SEED_LOOK {
+        let (now, sections) = (Instant::now(), self.pacer.round().sections);
+        if self.owed.is_zero() {
+            if now.saturating_duration_since(self.governor.since()) < SEED_LOOK {
+                return Ok(());
+            }
+            self.owed = self.governor.seeding(self.sent()?, now);
+            self.show();
+        } else if sections == self.sipped {
+            // Within a section QEMU may hold what others wait for, so it is not left unread for longer.
             return Ok(());
         }
-        let time = self.governor.seeding(self.sent()?, now);
-        if !time.is_zero() {
-            self.shared.rest(time.min(SEED_LOOK));
+        let part = self.owed.min(Duration::from_millis(ROUND_MS_MAX));
+        if part.is_zero() {
+            return Ok(());
+        }
+        (self.owed, self.sipped) = (self.owed - part, sections);
+        self.shared.rest(part);
+        if self.owed.is_zero() {
             self.governor.woke(self.sent()?, Instant::now());
         }
         Ok(())
@@ -435,4 +461,32 @@ fn waiting(socket: &UnixStream) -> Result<u64, PumpError> {
     // SAFETY: FIONREAD writes one int, and `n` is one that lives across the call.
     unsafe { fionread(socket.as_raw_fd(), &mut n) }.map_err(|e| PumpError::Qemu(e.into()))?;
     Ok(n.max(0) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Limits;
+
+    #[test]
+    fn a_copys_own_bandwidth_holds_back_where_the_hosts_does_not() {
+        let host = Throttle::default();
+        let shared = Shared::default();
+        let mbit = |bandwidth_mbit| Limits { bandwidth_mbit };
+        shared.limit.set(mbit(Some(1)));
+        std::thread::scope(|s| {
+            // A quarter of an hour.
+            let copy = s.spawn(|| hold_back(&host, &shared, 100 << 20));
+            while shared.limit.due().is_none() {
+                std::thread::yield_now();
+            }
+            assert!(!copy.is_finished());
+            shared.limit.set(mbit(None));
+        });
+        // In a switchover nothing is spent.
+        shared.limit.set(mbit(Some(1)));
+        shared.hurry();
+        hold_back(&host, &shared, 100 << 20);
+        assert_eq!(shared.limit.due(), None);
+    }
 }

@@ -58,6 +58,7 @@ pub enum Event {
     },
     Round(Round),
     NotConverging(Round),
+    TooFast,
     RamDone(Round),
     DeviceBytes(u64),
     /// The guest was stopped, by QEMU's clock.
@@ -304,6 +305,8 @@ impl Session {
             Event::Setup { ram_bytes } => self.progress.ram_bytes = ram_bytes,
             Event::Round(round) => self.round(round),
             Event::NotConverging(round) => self.not_converging(round),
+            // From now on a switchover is refused.
+            Event::TooFast => self.publish(),
             Event::RamDone(round) => {
                 self.times.ram_done = Some(Instant::now());
                 self.report.last_pass_pages = round.pages;

@@ -54,7 +54,7 @@ fn spec(name: &str, n: u8, mib: u32) -> VmSpec {
 }
 
 fn measure(case: &str, mib: u32, runs: usize, options: &Options) -> Result<Vec<Row>> {
-    let mut pair = Pair::start_unwatched(&spec("web", 10, mib))?;
+    let mut pair = Pair::start_unbound(&spec("web", 10, mib))?;
     let measured = in_turns(case, &mut pair, mib, runs, options);
     if let Err(e) = measured {
         let kept = pair.lab.keep_logs(&target_dir()?.join("bench-logs"))?;

@@ -50,6 +50,8 @@ pub struct Settings {
     /// They do what [`fault_file`] says.
     pub faults: bool,
     pub silence_ms: Option<u64>,
+    /// What each copy may cost, QEMU and replicator.
+    pub cpu_pct: Option<f64>,
     /// Images that are set aside for disks, by the path of the primary's.
     pub disks: BTreeMap<PathBuf, PathBuf>,
     /// In which time the scrub looks at what waits in swap.
@@ -187,6 +189,9 @@ fn replicator_toml(host: &Host, settings: &Settings, tables: &str) -> Result<Str
     }
     if let Some(ms) = settings.silence_ms {
         more += &format!("link.silence_ms = {ms}\n");
+    }
+    if let Some(pct) = settings.cpu_pct {
+        more += &format!("pacing.qemu_cpu_pct = {pct:?}\npacing.own_cpu_pct = {pct:?}\n");
     }
     for (disk, image) in &settings.disks {
         more += &format!("disks.\"{}\" = \"{}\"\n", disk.display(), image.display());

@@ -52,6 +52,15 @@ impl Pair {
         Self::start_plain(spec, Settings::default())
     }
 
+    /// And without a bound on what a copy may cost.
+    pub fn start_unbound(spec: &VmSpec) -> Result<Self> {
+        let settings = Settings {
+            cpu_pct: Some(100.0),
+            ..Settings::default()
+        };
+        Self::start_plain(spec, settings)
+    }
+
     fn start_plain(spec: &VmSpec, settings: Settings) -> Result<Self> {
         let lab = Lab::new(&["a", "b"])?;
         let (mut binaries, image) = (Binaries::find(&NEEDED)?, GuestImage::find()?);
