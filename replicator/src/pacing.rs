@@ -125,8 +125,6 @@ pub struct Pacer {
     before: Duration,
     turn: Turn,
     behind: Behind,
-    /// Of the present round, once: pages a second that the guest dirties at least, which are more than travel.
-    too_fast: Option<u64>,
     /// Of the round's time, what the first pass took: as long as it takes.
     free: Duration,
     complaints: u32,
@@ -149,7 +147,6 @@ impl Pacer {
             before: Duration::ZERO,
             turn: Turn::default(),
             behind: Behind::new(settings.small_pages),
-            too_fast: None,
             free: Duration::ZERO,
             complaints: 0,
         }
@@ -163,6 +160,7 @@ impl Pacer {
     /// A page was read, of zeros or not. Each, and in order.
     pub fn page(&mut self, block: u16, page: u64) {
         self.turn.page(block, page);
+        self.behind.page();
     }
 
     /// The first pass still goes on: ask QEMU for its `dirty-sync-count` now and then, and tell [`Pacer::synced`].
@@ -177,8 +175,11 @@ impl Pacer {
 
     /// The present round will not end for as long as the guest goes on like this: told once, with the pages a second that it
     /// dirties at least. Long before [`Action::NotConverging`], which is for what is done about it.
-    pub fn too_fast(&mut self) -> Option<u64> {
-        self.too_fast.take()
+    pub fn too_fast(&mut self, now: Instant) -> Option<u64> {
+        match self.phase {
+            Phase::Reading { .. } => self.behind.look(self.turn.turns(), now),
+            _ => None,
+        }
     }
 
     /// QEMU's `dirty-sync-count`, and the bytes received plus those that wait in the socket, asked *after* the count.
@@ -269,7 +270,6 @@ impl Pacer {
                 self.behind.round_ended(now);
                 return self.end_round(s.at);
             }
-            self.too_fast = self.behind.section(pages, self.turn.turns(), now);
         }
         self.complain()
     }
@@ -292,7 +292,6 @@ impl Pacer {
         self.from = at;
         self.before = Duration::ZERO;
         self.free = Duration::ZERO;
-        self.too_fast = None;
         self.complaints = 0;
         Action::RoundDone(round)
     }

@@ -66,11 +66,16 @@ impl Behind {
         });
     }
 
-    /// A further section, of so many pages, after which there were so many whole turns in this round. Once a round, when it is
-    /// certain: how fast the guest dirties at least, pages a second.
-    pub fn section(&mut self, pages: u64, turns: u64, now: Instant) -> Option<u64> {
+    pub fn page(&mut self) {
+        if let Some(turn) = &mut self.turn {
+            turn.pages = turn.pages.saturating_add(1);
+        }
+    }
+
+    /// Now and then, on a slow link not only where a section ends, which may take seconds there; `turns` are the round's whole ones. Once
+    /// a round, when it is certain: how fast the guest dirties at least, pages a second.
+    pub fn look(&mut self, turns: u64, now: Instant) -> Option<u64> {
         let turn = self.turn.as_mut()?;
-        turn.pages = turn.pages.saturating_add(pages);
         let took = now.saturating_duration_since(turn.begun);
         let dirtied = (turn.pages as f64 / turn.window.as_secs_f64().max(1e-3)) as u64;
         if turns > self.turns {
@@ -107,6 +112,11 @@ mod tests {
 
     const REST: f64 = 0.5;
 
+    fn read(b: &mut Behind, pages: u64, now: Instant) -> Option<u64> {
+        (0..pages).for_each(|_| b.page());
+        b.look(0, now)
+    }
+
     /// A guest that writes `dirty` pages a second of a working set, on a link that carries `carried` a second, in sections of 10 ms at most. When
     /// the round ends, and when it is told that it will not, in seconds.
     fn play(dirty: f64, carried: f64, working_set: f64) -> (Option<f64>, Option<f64>) {
@@ -129,7 +139,8 @@ mod tests {
                     return (Some(t - REST), told);
                 }
             }
-            if b.section(sent as u64, turns, at(t)).is_some() {
+            (0..sent as u64).for_each(|_| b.page());
+            if b.look(turns, at(t)).is_some() {
                 assert_eq!(told, None, "told twice");
                 told = Some(t - REST);
             }
@@ -169,13 +180,13 @@ mod tests {
         let mut b = Behind::new(128);
         b.round_ended(start);
         b.begin(at(500));
-        assert_eq!(b.section(100, 0, at(505)), None);
+        assert_eq!(read(&mut b, 100, at(505)), None);
         for ms in 3_000..3_100 {
-            assert_eq!(b.section(50, 0, at(ms)), None);
+            assert_eq!(read(&mut b, 50, at(ms)), None);
         }
         b.round_ended(at(3_100));
         b.begin(at(3_600));
-        assert_eq!(b.section(50, 0, at(3_700)), None);
+        assert_eq!(read(&mut b, 50, at(3_700)), None);
     }
 
     #[test]
@@ -184,11 +195,11 @@ mod tests {
         let at = |ms: u64| start + Duration::from_millis(ms);
         let mut b = Behind::new(128);
         b.begin(at(0));
-        assert_eq!(b.section(1_000, 0, at(60_000)), None);
+        assert_eq!(read(&mut b, 1_000, at(60_000)), None);
         b.round_ended(at(60_000));
         b.begin(at(60_500));
-        assert_eq!(b.section(1_000, 0, at(61_001)), None);
-        assert_eq!(b.section(1_000, 0, at(61_300)), Some(4_000));
-        assert_eq!(b.section(1_000, 0, at(62_300)), None);
+        assert_eq!(read(&mut b, 1_000, at(61_001)), None);
+        assert_eq!(read(&mut b, 1_000, at(61_300)), Some(4_000));
+        assert_eq!(read(&mut b, 1_000, at(62_300)), None);
     }
 }

@@ -147,7 +147,7 @@ fn play(guest: Guest, link: f64, seconds: f64, faster: Option<(f64, f64)>) -> To
             Action::NotConverging(_) => told.complaints += 1,
             _ => {
                 let since = changed.map_or(0.0, |(t, _)| q.now - t);
-                told.too_fast.extend(p.too_fast().map(|_| since));
+                told.too_fast.extend(p.too_fast(at(&q)).map(|_| since));
             }
         }
     }

@@ -246,13 +246,7 @@ impl Out {
 
     fn paced(&mut self, action: Action) -> Result<(), PumpError> {
         match action {
-            Action::KeepReading => {
-                if let Some(dirtied) = self.pacer.too_fast() {
-                    self.governor.too_fast(&self.pacer.round(), dirtied);
-                    self.tell(Event::TooFast);
-                }
-                Ok(())
-            }
+            Action::KeepReading => Ok(()),
             Action::Rest(time) => {
                 self.rest = Some(time);
                 Ok(())
@@ -352,6 +346,9 @@ impl Out {
             let syncs = self.shared.syncs.load(Ordering::Acquire);
             self.pacer.synced(syncs, received + waiting(socket)?);
             self.share_host()?;
+        } else if let Some(dirtied) = self.pacer.too_fast(Instant::now()) {
+            self.governor.too_fast(&self.pacer.round(), dirtied);
+            self.tell(Event::TooFast);
         }
         if let Some(time) = self.rest.take() {
             if !self.shared.is_hurried() {
