@@ -9,6 +9,7 @@ use umbra_api::HostId;
 use umbra_api::view::Mode;
 use umbra_daemon::config::{Check, Invalid};
 
+use crate::forecast::auto::Speaker;
 use crate::ingest::WorldParams;
 use crate::orchestrator::{Member, Timing};
 use crate::outlook::{Method, Params};
@@ -72,6 +73,8 @@ pub struct Contention {
     pub max_history_slots: usize,
     /// Slots between two backtests of a series' models.
     pub reselect_slots: usize,
+    /// Whose forecast counts: the `chosen` expert's, or the `mix` of all from hours of history on.
+    pub forecast: Speaker,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
@@ -100,6 +103,7 @@ impl Default for Contention {
             min_history_slots: p.min_history,
             max_history_slots: p.max_history,
             reselect_slots: p.reselect_slots,
+            forecast: p.speaker,
         }
     }
 }
@@ -154,6 +158,7 @@ impl Config {
             min_history: c.min_history_slots,
             max_history: c.max_history_slots,
             reselect_slots: c.reselect_slots,
+            speaker: c.forecast,
             ..Params::default()
         }
     }

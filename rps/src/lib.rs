@@ -5,6 +5,7 @@
 //! [`orchestrator`] makes it so with the replicators, whose words the [`fleet`] keeps, and leads the traffic over ([`redirect`]).
 //! What a restart needs is in the [`store`]. The [`service`] ties it together by the [`config`], and [`http`] shows it.
 
+pub mod backtest;
 pub mod config;
 pub mod contention;
 pub mod fleet;

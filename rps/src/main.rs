@@ -4,15 +4,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use tokio::net::TcpListener;
 use umbra_daemon::{config, logs, stop};
+use umbra_rps::backtest;
 use umbra_rps::config::Config;
 use umbra_rps::service::{self, Service};
 
 /// Forecasts contention, decides, and orders shadows and switchovers.
 #[derive(Parser, Debug)]
-#[command(name = "umbra-rps", version)]
+#[command(name = "umbra-rps", version, args_conflicts_with_subcommands = true)]
 struct Args {
     /// The TOML file.
     #[arg(long, value_name = "FILE", default_value = "/etc/umbra/rps.toml")]
@@ -20,6 +21,21 @@ struct Args {
     /// Only check the file.
     #[arg(long)]
     check: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Forecasts recorded traces as if they were passing, and scores what was said. Serves nothing.
+    #[command(subcommand)]
+    Backtest(Backtest),
+}
+
+#[derive(Subcommand, Debug)]
+enum Backtest {
+    /// Quantiles of each VM's demand: an hour ahead, from every hour of the traces.
+    Demand(backtest::Args),
 }
 
 fn main() -> ExitCode {
@@ -33,6 +49,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
+    if let Some(Command::Backtest(Backtest::Demand(args))) = &args.command {
+        return backtest::demand(args);
+    }
     let config: Config = config::load(&args.config)?;
     if args.check {
         println!("{}: good, {} hosts", args.config.display(), config.hosts.len());

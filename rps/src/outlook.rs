@@ -12,7 +12,8 @@ use umbra_api::view::{ForecastView, ModelScore};
 use umbra_api::{HostId, UnixMs, VmId};
 
 use crate::contention::{Dependence, Draws, Joint, Verdict, ratio};
-use crate::forecast::select::{Selection, Selector};
+use crate::forecast::auto::{Auto, Speaker};
+use crate::forecast::select::Selection;
 use crate::forecast::{History, LEVELS, P50, P90, P99, Quantiles};
 use crate::ingest::{SeriesKey, Vm, World};
 use crate::series::{Series, Usage};
@@ -58,6 +59,8 @@ pub struct Params {
     pub max_history: usize,
     /// Slots between two backtests of one series.
     pub reselect_slots: usize,
+    /// Whether the best expert's forecast counts, or the mix of all.
+    pub speaker: Speaker,
 }
 
 impl Default for Params {
@@ -74,6 +77,7 @@ impl Default for Params {
             min_history: 12,
             max_history: 2_016,
             reselect_slots: 4,
+            speaker: Speaker::default(),
         }
     }
 }
@@ -188,7 +192,7 @@ pub struct HostInput {
 #[derive(Default)]
 pub struct ForecastCache {
     draws: Option<Arc<Draws>>,
-    selectors: HashMap<SeriesKey, Selector>,
+    forecasters: HashMap<SeriesKey, Auto>,
 }
 
 impl ForecastCache {
@@ -230,7 +234,7 @@ pub fn outlook(world: &World, cache: &mut ForecastCache, params: &Params, now: U
         }
     });
     let hosts: Vec<_> = hosts.collect();
-    cache.selectors.retain(|key, _| match key {
+    cache.forecasters.retain(|key, _| match key {
         SeriesKey::Vm(vm) => world.vm(*vm).is_some(),
         SeriesKey::Host(host) => world.host(host).is_some(),
     });
@@ -312,8 +316,8 @@ fn expect(
     let lag = usize::try_from(from - end).unwrap_or(0);
     let forecast = (history_slots >= params.min_history && lag <= params.horizon)
         .then(|| {
-            let selector = cache.selectors.entry(key).or_default();
-            selector.forecast(&history, params.horizon + lag, params.reselect_slots)
+            let forecaster = cache.forecasters.entry(key).or_default();
+            forecaster.forecast(params.speaker, &history, params.horizon + lag, params.reselect_slots)
         })
         .flatten();
     match forecast {

@@ -1,11 +1,15 @@
 //! Forecasts of one series: history in, quantiles out. Nothing here reads a clock or keeps state between calls but
-//! [`select::Chosen`], which the caller owns.
+//! [`auto::Auto`], which the caller owns.
 //!
-//! In reading order: the shapes ([`Quantiles`], [`History`], [`Forecaster`]) here; the experts ([`simple`], [`smooth`])
-//! and the period that the seasonal ones need ([`season`]); how an expert is judged ([`backtest`]) and chosen
-//! ([`select`]).
+//! In reading order: the shapes ([`Quantiles`], [`History`], [`Forecaster`]) here; the experts ([`simple`], [`recent`],
+//! [`analog`], [`smooth`]) and the period that some need ([`season`]); how an expert is judged ([`backtest`]) and chosen
+//! ([`select`]); how all of them speak together ([`mix`]), and which of both ways it is ([`auto`]).
 
+pub mod analog;
+pub mod auto;
 pub mod backtest;
+pub mod mix;
+pub mod recent;
 pub mod season;
 pub mod select;
 pub mod simple;
@@ -22,6 +26,7 @@ pub const NORMAL: [f64; 7] = [-1.644_854, -0.674_490, 0.0, 0.674_490, 1.281_552,
 /// Positions in [`LEVELS`].
 pub const P50: usize = 2;
 pub const P90: usize = 4;
+pub const P95: usize = 5;
 pub const P99: usize = 6;
 
 /// A quantile a level.
@@ -181,12 +186,18 @@ pub trait Forecaster: Send + Sync {
     }
 }
 
+/// Pinball loss of one quantile.
+pub fn pinball_at(level: f64, quantile: f64, actual: f64) -> f64 {
+    let e = actual - quantile;
+    (level * e).max((level - 1.0) * e)
+}
+
 /// Mean pinball loss of a band over [`LEVELS`], in the series' unit.
 pub fn pinball(band: &Band, actual: f64) -> f64 {
     let sum: f64 = LEVELS
         .iter()
         .zip(band)
-        .map(|(level, q)| ((actual - q) * level).max((actual - q) * (level - 1.0)))
+        .map(|(level, q)| pinball_at(*level, *q, actual))
         .sum();
     sum / LEVELS.len() as f64
 }
@@ -194,23 +205,32 @@ pub fn pinball(band: &Band, actual: f64) -> f64 {
 /// Quantile of weighted values by linear interpolation between the weights' midpoints; `sorted` ascends by value.
 /// `None` without weight.
 pub fn weighted_quantile(sorted: &[(f64, f64)], level: f64) -> Option<f64> {
+    weighted_quantiles(sorted, &[level]).map(|[q]| q)
+}
+
+/// [`weighted_quantile`] at all of `levels`, which ascend, in one pass.
+pub fn weighted_quantiles<const N: usize>(sorted: &[(f64, f64)], levels: &[f64; N]) -> Option<[f64; N]> {
     let total: f64 = sorted.iter().map(|(_, w)| w).sum();
     if total <= 0.0 || total.is_nan() {
         return None;
     }
-    let target = level * total;
-    let (mut seen, mut previous) = (0.0, None::<(f64, f64)>);
+    let mut out = [0.0; N];
+    let (mut at, mut seen, mut previous) = (0, 0.0, None::<(f64, f64)>);
     for (value, weight) in sorted.iter().filter(|(_, w)| *w > 0.0) {
         let mid = seen + weight / 2.0;
-        if mid >= target {
-            let Some((v0, m0)) = previous else { return Some(*value) };
-            let share = if mid > m0 { (target - m0) / (mid - m0) } else { 1.0 };
-            return Some(v0 + (value - v0) * share);
+        while let Some(level) = levels.get(at).filter(|l| mid >= **l * total) {
+            out[at] = match previous {
+                Some((v0, m0)) if mid > m0 => v0 + (value - v0) * (level * total - m0) / (mid - m0),
+                _ => *value,
+            };
+            at += 1;
         }
         seen += weight;
         previous = Some((*value, mid));
     }
-    previous.map(|(v, _)| v)
+    let (highest, _) = previous?;
+    out[at..].fill(highest);
+    Some(out)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Experts that are one line of arithmetic a step, with intervals from their own past errors: at every past slot the same
 //! rule is applied to what was known then, and the errors it made at each distance are the spread around today's forecast.
 
+use super::recent::DAY_MS;
 use super::{Band, Forecaster, History, LEVELS, NORMAL, P50, Quantiles, weighted_quantile};
 
 /// Past slots whose errors are looked at.
@@ -22,6 +23,8 @@ pub enum Rule {
     Trend { slots: usize },
     /// One period ago, plus half of what the last slot was above its own one.
     Seasonal,
+    /// What was seen so long ago.
+    Ago { ms: u64 },
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -37,6 +40,7 @@ impl Simple {
             Rule::Mean { slots } => format!("mean{slots}"),
             Rule::Trend { slots } => format!("trend{slots}"),
             Rule::Seasonal => "seasonal-naive".to_owned(),
+            Rule::Ago { ms } => format!("naive-{}d", ms / DAY_MS),
         };
         Self { rule, name }
     }
@@ -82,6 +86,12 @@ impl Prefix {
     }
 }
 
+fn slots_of(ms: u64, history: &History) -> usize {
+    usize::try_from(ms / history.slot_ms.max(1))
+        .unwrap_or(usize::MAX)
+        .max(1)
+}
+
 /// A rule over one history.
 struct Applied<'a> {
     rule: Rule,
@@ -120,6 +130,11 @@ impl Applied<'_> {
                 let back = (end + h - 1).checked_sub(period * h.div_ceil(period))?;
                 let then = *values.get((end - 1).checked_sub(period)?)?;
                 values.get(back)? + 0.5 * (values.get(end - 1)? - then)
+            }
+            Rule::Ago { ms } => {
+                let ago = slots_of(ms, self.history);
+                let back = (end + h - 1).checked_sub(ago * h.div_ceil(ago))?;
+                *values.get(back)?
             }
         };
         Some(raw.clamp(0.0, self.history.bound))
@@ -229,6 +244,7 @@ impl Forecaster for Simple {
             Rule::Last => 1,
             Rule::Mean { slots } | Rule::Trend { slots } => slots,
             Rule::Seasonal => 2 * history.period.unwrap_or(0),
+            Rule::Ago { ms } => slots_of(ms, history),
         };
         ERRORS_MAX + rule
     }

@@ -1,3 +1,5 @@
+use super::auto::{Auto, Speaker};
+use super::mix::members;
 use super::select::{Selection, Selector, experts};
 use super::simple::{Rule, Simple};
 use super::*;
@@ -25,12 +27,21 @@ fn history(values: &[f64]) -> History {
 
 /// Mean pinball of the chosen expert and of the last value, over origins 5 slots apart.
 fn contest(values: &[f64], first: usize, horizon: usize) -> (f64, f64, Vec<String>) {
-    let (mut chosen, mut last, mut names) = (0.0, 0.0, Vec::new());
     let mut selector = Selector::default();
+    contest_of(values, first, horizon, |known| selector.forecast(known, horizon, 4))
+}
+
+fn contest_of(
+    values: &[f64],
+    first: usize,
+    horizon: usize,
+    mut forecast: impl FnMut(&History) -> Option<Selection>,
+) -> (f64, f64, Vec<String>) {
+    let (mut chosen, mut last, mut names) = (0.0, 0.0, Vec::new());
     let baseline = Simple::new(Rule::Last);
     for origin in (first..values.len() - horizon).step_by(5) {
         let known = history(&values[..origin]);
-        let selection = selector.forecast(&known, horizon, 4).unwrap();
+        let selection = forecast(&known).unwrap();
         let theirs = baseline.forecast(&known, horizon).unwrap();
         for (h, actual) in values[origin..origin + horizon].iter().enumerate() {
             chosen += pinball(&selection.quantiles.slots()[h], *actual);
@@ -84,6 +95,62 @@ fn random_walks_cost_little_more_than_their_last_value() {
     };
     let mean = ((1..=12).map(ratio).sum::<f64>() / 12.0).exp();
     assert!(mean < 1.12, "{mean} of the last value's");
+}
+
+/// In slots of five minutes, so that the mix speaks.
+fn by_five_minutes(known: &History) -> History {
+    let slot_ms = 300_000;
+    History {
+        slot_ms,
+        end: UnixMs(known.len() as i64 * slot_ms as i64),
+        ..known.clone()
+    }
+}
+
+/// So by default, and in any case with a short past. Every test of the demo, the lab and short series is of the chosen expert alone, and stays so.
+#[test]
+fn minutes_of_history_are_forecast_by_the_chosen_expert_alone() {
+    let mut noise = Noise(20);
+    let values: Vec<f64> = (0..300).map(|_| 1.0 + noise.normal(0.2)).collect();
+    let (mut auto, mut selector) = (Auto::default(), Selector::default());
+    for origin in (20..300).step_by(7) {
+        let known = history(&values[..origin]);
+        assert_eq!(
+            auto.forecast(Speaker::Mix, &known, 12, 4),
+            selector.forecast(&known, 12, 4)
+        );
+    }
+}
+
+#[test]
+fn the_mix_beats_its_baseline_on_noise_and_on_a_wave() {
+    let mut noise = Noise(21);
+    let flat: Vec<f64> = (0..300).map(|_| 1.0 + noise.normal(0.2)).collect();
+    let wave = |i: i32| 1.0 + 0.5 * (f64::from(i) * std::f64::consts::TAU / 30.0).sin();
+    let wave: Vec<f64> = (0..300).map(|i| wave(i) + noise.normal(0.05)).collect();
+    for values in [flat, wave] {
+        let mut auto = Auto::default();
+        let (mixed, last, names) = contest_of(&values, 100, 12, |h| {
+            auto.forecast(Speaker::Mix, &by_five_minutes(h), 12, 4)
+        });
+        assert!(names.iter().all(|n| n == "mix"), "{names:?}");
+        assert!(mixed < 0.9 * last, "{mixed} against {last}");
+    }
+}
+
+/// After a restart there is only the series. What is learnt from it anew must be nearly as good as what had been learnt.
+#[test]
+fn a_mix_made_anew_from_the_past_forecasts_nearly_as_well() {
+    let mut noise = Noise(22);
+    let values: Vec<f64> = (0..300).map(|_| 1.0 + noise.normal(0.2)).collect();
+    let mut lived = Auto::default();
+    let (kept, ..) = contest_of(&values, 100, 12, |h| {
+        lived.forecast(Speaker::Mix, &by_five_minutes(h), 12, 4)
+    });
+    let (anew, ..) = contest_of(&values, 100, 12, |h| {
+        Auto::default().forecast(Speaker::Mix, &by_five_minutes(h), 12, 4)
+    });
+    assert!(anew < 1.1 * kept, "{anew}, without a restart {kept}");
 }
 
 #[test]
@@ -168,7 +235,7 @@ proptest! {
     ) {
         let mut h = History::new(&slots, UnixMs(0), 1_000, 10.0);
         h.period = period;
-        for expert in experts() {
+        for expert in experts().into_iter().chain(members().into_iter().map(|m| m.expert)) {
             if let Some(q) = expert.forecast(&h, horizon) {
                 prop_assert_eq!(q.horizon(), horizon, "{}", expert.name());
                 for band in q.slots() {
@@ -186,4 +253,14 @@ proptest! {
         prop_assert!(band.windows(2).all(|w| w[0] <= w[1]) && band.iter().all(|v| v.is_finite() && *v >= 0.0));
         prop_assert!(q.at_score(0, z) <= q.at_score(0, z + 0.1));
     }
+}
+
+#[test]
+fn the_chosen_expert_speaks_unless_the_mix_is_configured() {
+    let mut noise = Noise(23);
+    let values: Vec<f64> = (0..200).map(|_| 1.0 + noise.normal(0.2)).collect();
+    let known = by_five_minutes(&history(&values));
+    let by = |speaker| Auto::default().forecast(speaker, &known, 12, 4).map(|s| s.model);
+    assert_ne!(by(Speaker::default()).as_deref(), Some("mix"));
+    assert_eq!(by(Speaker::Mix).as_deref(), Some("mix"));
 }
