@@ -5,7 +5,7 @@
 //! share of the difference in level, is the forecast: as a distribution, since they do not agree.
 //!
 //! Nothing is kept between calls. A distance that streams (`D[j] = decay · D[j-1] + |x - x_j|`, one step a slot) would save
-//! arithmetic that costs some ten microseconds, for a number a slot of history, setting and series in memory, and would have to
+//! arithmetic that costs little, for a number a slot of history, setting and series in memory, and would have to
 //! be made anew whenever a late sample changes the past.
 
 use super::recent::{band_of, slots_per_day};
