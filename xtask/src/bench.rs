@@ -51,6 +51,9 @@ pub struct Options {
     /// switchover: with a private disk on virtio-blk
     #[arg(long)]
     disk: bool,
+    /// wire: how long a standby's rounds are counted, a load; an hour is 3600
+    #[arg(long, value_name = "SECONDS")]
+    window: Option<u64>,
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -84,6 +87,12 @@ pub fn run(options: &Options) -> Result<()> {
             bail!("--disk belongs to the benchmark 'switchover'");
         }
         command.arg("--disk");
+    }
+    if let Some(seconds) = options.window {
+        if name != "wire" {
+            bail!("--window belongs to the benchmark 'wire'");
+        }
+        command.arg("--window").arg(seconds.to_string());
     }
     run::run(&mut command)
 }

@@ -20,6 +20,7 @@ pub mod tier;
 pub mod wire;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -34,6 +35,8 @@ pub struct Options {
     pub alone: bool,
     /// With a disk, where that makes a difference.
     pub disk: bool,
+    /// How long something is watched, where it says so; by default as long as seems enough.
+    pub window: Option<Duration>,
     /// Only these cases; all if empty.
     pub cases: Vec<String>,
 }

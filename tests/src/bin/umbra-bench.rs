@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use umbra_tests::{bench, matrix};
@@ -57,6 +58,9 @@ struct Run {
     /// With a private disk on virtio-blk (switchover)
     #[arg(long)]
     disk: bool,
+    /// How long a standby's rounds are counted, a load (wire); an hour is 3600
+    #[arg(long, value_name = "SECONDS")]
+    window: Option<u64>,
     /// Only this case; may be given several times
     #[arg(long = "case", value_name = "NAME")]
     cases: Vec<String>,
@@ -97,6 +101,7 @@ fn run(name: &str, r: Run) -> anyhow::Result<()> {
             quick: r.quick,
             alone: r.alone,
             disk: r.disk,
+            window: r.window.map(Duration::from_secs),
             cases: r.cases,
         },
     )
