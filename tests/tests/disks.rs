@@ -485,7 +485,7 @@ fn a_mirror_that_is_not_on_record_is_not_touched() {
 
 /// What the source tells of each disk's scrub.
 fn scrubbed(pair: &Pair, until: impl Fn(&[DiskProgress]) -> bool) -> Result<Vec<DiskProgress>> {
-    wait_for("the scrub of the disks", Duration::from_secs(180), || {
+    wait_for("the scrub of the disks", Duration::from_secs(400), || {
         let r = pair.replica("a", Role::Source)?.context("no replica")?;
         ensure!(
             r.phase == Phase::Standby,

@@ -55,7 +55,8 @@ struct Stamp {
 
 impl Stamp {
     fn of(path: &Path) -> io::Result<Self> {
-        let m = fs::symlink_metadata(path)?;
+        // Of what a link leads to: that is what is written.
+        let m = fs::metadata(path)?;
         Ok(Self {
             dev: m.dev(),
             inode: m.ino(),
@@ -325,6 +326,15 @@ mod tests {
         fs::rename(&path, dir.join("c.img")).unwrap();
         fs::copy(dir.join("c.img"), &path).unwrap();
         assert!(!taken(&cfg, &kept), "another file in its place");
+        // The link stays as it is.
+        let link = dir.join("link.img");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        cfg.disks.insert("/x".into(), link.clone());
+        kept.images[0].path = link.clone();
+        kept.files[0] = Stamp::settled(&link).unwrap();
+        assert!(taken(&cfg, &kept));
+        fs::write(&path, "y").unwrap();
+        assert!(!taken(&cfg, &kept), "somebody wrote to what it leads to");
     }
 
     #[test]

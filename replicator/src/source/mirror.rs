@@ -369,6 +369,7 @@ pub fn sweep(qmp: &Client, tokens: &[u64]) {
     if tokens.is_empty() {
         return;
     }
+    super::scrub::close(qmp);
     let known = |prefix: &'static str| {
         move |name: &String| {
             let of = name.strip_prefix(prefix).and_then(parts);

@@ -1,18 +1,19 @@
 //! Compares the private disks of a VM with their images on the target in standby, and mends what differs.
 //!
 //! ```text
-//!  pause the mirror ─> read the primary's disk (an NBD export of its QEMU, for this moment) ─> resume ─> sums ──link──> the target
+//!  pause the mirrors ─> read the primary's disk (an NBD export of its QEMU, for this moment) ─> resume ─> sums ──link──> the target
 //!     reads its image, and says what differs ─> [`plan`]: only a suspicion, until it outlives the mirror's work
 //!  damaged:  pause ─> read again, unchanged? ─> write it to the image, flushed ─> resume
 //! ```
-//! The mirror stands still while its disk is read, because an export comes and goes with all of the disk's requests drained: a link that
-//! stalls just then would hold up the guest's, were the mirror's among them. And it stands still while a range is mended, so that what is
-//! written is never older than what the mirror has written there: each write of the guest's since is in its bitmap, and follows. So a range
+//! All of the VM's mirrors stand still while a disk is read, because an export comes and goes with the requests of all disks drained and
+//! QEMU's main loop waiting for it: a link that stalls or is slow just then would hold up the guest, were a mirror's requests among
+//! them. And they stand still while a range is mended, so that what is written is never older than what the mirror has written there: each write of the guest's since is in its bitmap, and follows. So a range
 //! that only seemed to be damaged is written once more, and no harm is done.
 //!
 //! QEMU has one NBD server. It is taken for some milliseconds a second, and nothing is compared while somebody else has it.
 
 pub mod plan;
+mod reader;
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -23,17 +24,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
 use umbra_api::order::Refusal;
 use umbra_api::replica::HeldBack;
 use umbra_api::wire::control::Disk;
 use umbra_api::wire::disk::sums;
 
 use self::plan::{EVERY, Part, Plan};
-use super::mirror::job;
-use super::pump::{Shared, hold_back};
+use self::reader::Reader;
+pub use self::reader::close;
+use super::park;
+use super::pump::Shared;
 use super::session::Event;
-use super::{mirror, park};
 use crate::engine::Core;
 use crate::launch::disks::export;
 use crate::link::Link;
@@ -42,15 +43,10 @@ use crate::qmp::Client;
 use crate::tunnel::{self, Carrier};
 use crate::urgent::Crew;
 
-/// Names our exports in QEMU.
-const EXPORT: &str = "umbra-scrub-";
-/// For a mirror's requests to come back over the link.
-const PAUSE_TIMEOUT: Duration = Duration::from_secs(1);
-const POLL: Duration = Duration::from_millis(1);
-/// QEMU reads a few MiB of its own disk.
-const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// The target reads as much of its image.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Looks that fail one after the other until it is said aloud.
+const MISSED: u32 = 30;
 /// While somebody else has QEMU's NBD server.
 const TAKEN_WAIT: Duration = Duration::from_secs(60);
 
@@ -114,8 +110,16 @@ impl Scrub {
     pub fn start(way: Way, events: Sender<Event>) -> io::Result<Self> {
         let leave = Arc::<AtomicBool>::default();
         let (answers, heard) = channel();
+        let source = Reader {
+            qmp: way.qmp.clone(),
+            disks: way.disks.clone(),
+            token: way.token,
+            socket: way.socket.clone(),
+            leave: leave.clone(),
+        };
         let worker = Worker {
             leave: leave.clone(),
+            source,
             heard,
             events,
             way,
@@ -159,6 +163,7 @@ impl From<String> for Miss {
 
 struct Worker {
     leave: Arc<AtomicBool>,
+    source: Reader,
     heard: Receiver<Looked>,
     events: Sender<Event>,
     way: Way,
@@ -168,7 +173,7 @@ impl Worker {
     /// Whether all is settled.
     fn run(self) -> bool {
         let mut plan = Plan::new(self.way.disks.iter().map(|d| d.bytes).collect());
-        let mut taken = false;
+        let (mut taken, mut missed) = (false, 0);
         let mut wait = EVERY;
         while self.rest(wait) {
             wait = EVERY;
@@ -176,8 +181,14 @@ impl Worker {
                 continue;
             }
             match self.look(&mut plan) {
-                Ok(()) => taken = false,
-                Err(Miss::Later(why)) => tracing::debug!("disk scrub: {why}"),
+                Ok(()) => (taken, missed) = (false, 0),
+                Err(Miss::Later(why)) => {
+                    missed += 1;
+                    match missed {
+                        MISSED => tracing::warn!("disk scrub: the disks are not compared: {why}"),
+                        _ => tracing::debug!("disk scrub: {why}"),
+                    }
+                }
                 Err(Miss::Taken) => {
                     if !taken {
                         tracing::warn!(
@@ -225,7 +236,7 @@ impl Worker {
             }
         }
         let Some(part) = plan.next(now) else { return Ok(()) };
-        let sums = sums(&self.with_source(part.disk, |source| read(source, part))?);
+        let sums = sums(&self.source.reads(part.disk, |source| read(source, part))?);
         self.tell(News::Ask {
             part,
             sums: sums.clone(),
@@ -262,8 +273,13 @@ impl Worker {
         let (near, far) = UnixStream::pair().map_err(|e| e.to_string())?;
         let closer = link.closer().map_err(|e| crate::chain(&e))?;
         let crew = Crew::default();
-        let (core, pace) = (&self.way.core, &self.way.pace);
-        let sent = |bytes: usize| hold_back(&core.throttle, pace, bytes);
+        // Counted and not held back: the mirrors wait for it, and it is one range.
+        let limits = [&self.way.core.throttle, &self.way.pace.limit];
+        let sent = |bytes: usize| {
+            for limit in limits {
+                let _ = limit.spent(bytes);
+            }
+        };
         let carrier = Carrier {
             crew: &crew,
             what: 0,
@@ -278,9 +294,10 @@ impl Worker {
             let thread = std::thread::Builder::new().name("disk-mend".into());
             thread.spawn_scoped(s, carry).map_err(|e| e.to_string())?;
             let image = nbd::Client::over(near, &export(disk), self.way.silence);
-            let mended = image
-                .map_err(|e| Miss::Later(e.to_string()))
-                .and_then(|mut image| self.with_source(disk, |source| self.write(source, &mut image, range, sum)));
+            let mended = image.map_err(|e| Miss::Later(e.to_string())).and_then(|mut image| {
+                self.source
+                    .reads(disk, |source| self.write(source, &mut image, range, sum))
+            });
             closer.close();
             mended
         })?;
@@ -302,80 +319,6 @@ impl Worker {
             _ => Miss::Unsettled(format!("a damaged range of a disk can't be mended: {e}")),
         })
     }
-
-    /// Lets somebody read a disk of the primary's, while its mirror stands still.
-    fn with_source<T>(&self, disk: usize, work: impl FnOnce(&mut nbd::Client) -> Result<T, Miss>) -> Result<T, Miss> {
-        let qmp = &self.way.qmp;
-        if self.leaves() {
-            return Err(Miss::Later("it is to leave".into()));
-        }
-        self.serve()?;
-        let device = json!({"device": job(self.way.token, disk)});
-        // One that stands still already is left so by a look that failed: it goes on below.
-        let paused = ask(qmp, "block-job-pause", device.clone());
-        let done = match self.stands_still(disk) {
-            Ok(()) => self.exported(disk, work),
-            Err(why) => Err(Miss::Later(paused.err().unwrap_or(why))),
-        };
-        // An export goes while the mirror stands still.
-        let _ = ask(qmp, "nbd-server-stop", Value::Null);
-        if let Err(Miss::Unsettled(_)) = done {
-            return done;
-        }
-        ask(qmp, "block-job-resume", device)?;
-        done
-    }
-
-    fn stands_still(&self, disk: usize) -> Result<(), String> {
-        let until = Instant::now() + PAUSE_TIMEOUT;
-        loop {
-            let job = park::job(&self.way.qmp, self.way.token, disk).ok_or("the mirror has ended")?;
-            if job["status"] == "standby" {
-                return Ok(());
-            }
-            if Instant::now() > until || self.leaves() {
-                return Err("the mirror's requests do not come back".into());
-            }
-            std::thread::sleep(POLL);
-        }
-    }
-
-    fn exported<T>(&self, disk: usize, work: impl FnOnce(&mut nbd::Client) -> Result<T, Miss>) -> Result<T, Miss> {
-        let node = self.way.disks.get(disk).map(|d| d.node.as_str());
-        let id = format!("{EXPORT}{disk}");
-        let it = json!({"type": "nbd", "id": id, "node-name": node, "name": export(disk), "writable": false});
-        ask(&self.way.qmp, "block-export-add", it)?;
-        let mut source =
-            nbd::Client::connect(&self.way.socket, &export(disk), READ_TIMEOUT).map_err(|e| e.to_string())?;
-        work(&mut source)
-    }
-
-    /// QEMU's NBD server, unless somebody else has it.
-    fn serve(&self) -> Result<(), Miss> {
-        let start = || {
-            // Of a server before.
-            let _ = std::fs::remove_file(&self.way.socket);
-            let path = self.way.socket.display().to_string();
-            let at = json!({"addr": {"type": "unix", "data": {"path": path}}});
-            ask(&self.way.qmp, "nbd-server-start", at)
-        };
-        let Err(why) = start() else { return Ok(()) };
-        let exports = mirror::named(&self.way.qmp, "query-block-exports", "id", "");
-        if exports.is_empty() || exports.iter().any(|e| !e.starts_with(EXPORT)) {
-            return Err(match why.contains("already running") {
-                true => Miss::Taken,
-                false => Miss::Later(why),
-            });
-        }
-        // Of a replicator that died in the middle.
-        ask(&self.way.qmp, "nbd-server-stop", Value::Null)?;
-        start().map(|_| ()).map_err(Miss::Later)
-    }
-}
-
-fn ask(qmp: &Client, command: &str, arguments: Value) -> Result<Value, String> {
-    qmp.execute_for(command, arguments, READ_TIMEOUT)
-        .map_err(|e| format!("{command}: {e}"))
 }
 
 fn read(source: &mut nbd::Client, part: Part) -> Result<Vec<u8>, Miss> {
