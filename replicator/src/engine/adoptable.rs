@@ -10,7 +10,7 @@ use umbra_api::{HostId, VmId};
 use super::Engine;
 use crate::adopt::{self, Checked};
 use crate::launch;
-use crate::source::control::{Control, Target, Timeouts, unexpected};
+use crate::source::control::unexpected;
 
 /// A target asks its QEMU for machine types.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
@@ -49,21 +49,12 @@ impl Engine {
 
     /// Over the link, so that its way and its certificates are tried too.
     fn ask_lacks(&self, vm: VmId, host: &HostId, link: &str, spec: ShadowSpec) -> Result<Vec<Refusal>, Refusal> {
-        let to = Target {
-            link,
-            host,
-            security: self.core.security(),
-        };
-        let times = Timeouts {
-            connect: Duration::from_millis(self.core.config.link.connect_timeout_ms),
-            silence: CHECK_TIMEOUT,
-        };
         let question = Message::Check {
             vm,
             host: self.core.config.host.clone(),
             spec: Box::new(spec),
         };
-        match Control::ask(&to, times, &question)?.1 {
+        match self.ask_peer(host, link, CHECK_TIMEOUT, &question)? {
             Message::Checked { lacks } => Ok(lacks),
             Message::Refused { refusal } => Err(refusal),
             other => Err(unexpected(link, &other)),

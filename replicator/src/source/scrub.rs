@@ -17,7 +17,6 @@ mod reader;
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -26,12 +25,10 @@ use std::time::{Duration, Instant};
 
 use umbra_api::order::Refusal;
 use umbra_api::replica::HeldBack;
-use umbra_api::wire::control::Disk;
 use umbra_api::wire::disk::sums;
 
 use self::plan::{EVERY, Part, Plan};
-use self::reader::Reader;
-pub use self::reader::close;
+pub use self::reader::{Reader, close};
 use super::park;
 use super::pump::Shared;
 use super::session::Event;
@@ -39,7 +36,6 @@ use crate::engine::Core;
 use crate::launch::disks::export;
 use crate::link::Link;
 use crate::nbd;
-use crate::qmp::Client;
 use crate::tunnel::{self, Carrier};
 use crate::urgent::Crew;
 
@@ -86,12 +82,7 @@ pub struct Looked {
 
 /// What a scrub needs of its session.
 pub struct Way {
-    pub qmp: Client,
-    pub disks: Vec<Disk>,
-    /// The mirrors' number.
-    pub token: u64,
-    /// For QEMU's NBD server.
-    pub socket: PathBuf,
+    pub source: Reader,
     pub core: Arc<Core>,
     pub pace: Arc<Shared>,
     pub silence: Duration,
@@ -108,22 +99,9 @@ pub struct Scrub {
 
 impl Scrub {
     pub fn start(way: Way, events: Sender<Event>) -> io::Result<Self> {
-        let leave = Arc::<AtomicBool>::default();
+        let leave = way.source.leave.clone();
         let (answers, heard) = channel();
-        let source = Reader {
-            qmp: way.qmp.clone(),
-            disks: way.disks.clone(),
-            token: way.token,
-            socket: way.socket.clone(),
-            leave: leave.clone(),
-        };
-        let worker = Worker {
-            leave: leave.clone(),
-            source,
-            heard,
-            events,
-            way,
-        };
+        let worker = Worker { heard, events, way };
         let run = move || worker.run();
         let thread = std::thread::Builder::new().name("disk-scrub".into()).spawn(run)?;
         Ok(Self {
@@ -162,8 +140,6 @@ impl From<String> for Miss {
 }
 
 struct Worker {
-    leave: Arc<AtomicBool>,
-    source: Reader,
     heard: Receiver<Looked>,
     events: Sender<Event>,
     way: Way,
@@ -172,7 +148,7 @@ struct Worker {
 impl Worker {
     /// Whether all is settled.
     fn run(self) -> bool {
-        let mut plan = Plan::new(self.way.disks.iter().map(|d| d.bytes).collect());
+        let mut plan = Plan::new(self.way.source.disks.iter().map(|d| d.bytes).collect());
         let (mut taken, mut missed) = (false, 0);
         let mut wait = EVERY;
         while self.rest(wait) {
@@ -210,10 +186,6 @@ impl Worker {
         let _ = self.events.send(Event::Scrub(news));
     }
 
-    fn leaves(&self) -> bool {
-        self.leave.load(Ordering::Relaxed)
-    }
-
     /// Until it is time; `false`: not wanted any more.
     fn rest(&self, time: Duration) -> bool {
         let until = Instant::now() + time;
@@ -221,7 +193,7 @@ impl Worker {
             match self.heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 // An answer that is late is of no use.
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => return !self.leaves(),
+                Err(RecvTimeoutError::Timeout) => return !self.way.source.leaves(),
                 Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
@@ -230,13 +202,13 @@ impl Worker {
     fn look(&self, plan: &mut Plan) -> Result<(), Miss> {
         let now = Instant::now();
         for disk in plan.waits_for(now) {
-            let job = park::job(&self.way.qmp, self.way.token, disk);
+            let job = park::job(&self.way.source.qmp, self.way.source.token, disk);
             if job.is_some_and(|j| j["io-status"] == "ok" && j["offset"].is_u64() && j["offset"] == j["len"]) {
                 plan.caught_up(disk, now);
             }
         }
         let Some(part) = plan.next(now) else { return Ok(()) };
-        let sums = sums(&self.source.reads(part.disk, |source| read(source, part))?);
+        let sums = sums(&self.way.source.reads(part.disk, |source| read(source, part))?);
         self.tell(News::Ask {
             part,
             sums: sums.clone(),
@@ -295,7 +267,8 @@ impl Worker {
             thread.spawn_scoped(s, carry).map_err(|e| e.to_string())?;
             let image = nbd::Client::over(near, &export(disk), self.way.silence);
             let mended = image.map_err(|e| Miss::Later(e.to_string())).and_then(|mut image| {
-                self.source
+                self.way
+                    .source
                     .reads(disk, |source| self.write(source, &mut image, range, sum))
             });
             closer.close();

@@ -31,16 +31,21 @@ pub struct Reader {
     pub token: u64,
     /// For QEMU's NBD server.
     pub socket: PathBuf,
+    /// Set: nobody is to wait for it any more.
     pub leave: Arc<AtomicBool>,
 }
 
 impl Reader {
-    fn leaves(&self) -> bool {
+    pub fn leaves(&self) -> bool {
         self.leave.load(Ordering::Relaxed)
     }
 
     /// Lets somebody read a disk of the primary's, while the mirrors stand still.
-    pub fn reads<T>(&self, disk: usize, work: impl FnOnce(&mut nbd::Client) -> Result<T, Miss>) -> Result<T, Miss> {
+    pub(super) fn reads<T>(
+        &self,
+        disk: usize,
+        work: impl FnOnce(&mut nbd::Client) -> Result<T, Miss>,
+    ) -> Result<T, Miss> {
         let qmp = &self.qmp;
         if self.leaves() {
             return Err(Miss::Later("it is to leave".into()));

@@ -1,6 +1,7 @@
 //! The comparison of the disks with their images: when it goes on, and what it has found.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use umbra_api::replica::DiskProgress;
 use umbra_api::wire::control::{Disk, Message};
@@ -8,7 +9,7 @@ use umbra_api::wire::control::{Disk, Message};
 use super::Session;
 use crate::source::control::{Control, Target};
 use crate::source::machine::{Input, State};
-use crate::source::scrub::{Looked, News, Scrub, Way};
+use crate::source::scrub::{Looked, News, Reader, Scrub, Way};
 
 /// Found since the protection began, or its replicator was restarted.
 #[derive(Clone, Copy, Default)]
@@ -79,15 +80,16 @@ impl Session {
             };
             Control::attach_disk(&to, times, session, disk)
         };
-        let way = Way {
+        let run_dir = &self.core.config.run_dir;
+        let source = Reader {
             qmp,
             disks: self.scrub.disks.clone(),
             token: self.scrub.token,
-            socket: self
-                .core
-                .config
-                .run_dir
-                .join(format!("scrub-{}.sock", self.plan.process.pid)),
+            socket: run_dir.join(format!("scrub-{}.sock", self.plan.process.pid)),
+            leave: Arc::default(),
+        };
+        let way = Way {
+            source,
             core: self.core.clone(),
             pace: self.pump.clone(),
             silence: self.times().silence,
